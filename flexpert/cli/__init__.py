@@ -1,0 +1,59 @@
+"""The command `flexpert`: one subcommand a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import flexpert
+from flexpert.core.errors import FlexpertError
+
+from . import doctor, evaluate, train
+
+COMMANDS = (train, evaluate, doctor)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="flexpert", description="Adaptive mixture-of-experts: train, evaluate, look inside."
+    )
+    parser.add_argument("--version", action="version", version=f"flexpert {flexpert.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        sub = commands.add_parser(
+            module.NAME,
+            help=module.HELP,
+            description=module.HELP,
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in module.EXAMPLES),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+        sub.add_argument(
+            "--json",
+            action="store_true",
+            help="one JSON object on standard output; progress on standard error",
+        )
+        sub.set_defaults(module=module)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit status: 0; 2 for wrong usage or an error of ours, told in one line; 130 after Ctrl-C.
+    """
+    options = build_parser().parse_args(arguments)
+    try:
+        result = options.module.run(options)
+    except FlexpertError as error:
+        print(f"flexpert {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"flexpert {options.command}: interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(result) if options.json else options.module.describe(result))
+    return 0

@@ -1,0 +1,56 @@
+"""`flexpert train`: train a model from a configuration, or go on with a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flexpert.train.config import load_config
+
+NAME = "train"
+HELP = "Train a model from a YAML configuration; settings may be changed as key=value."
+EXAMPLES = (
+    "flexpert train configs/fashion_mnist.yaml",
+    "flexpert train configs/fashion_mnist.yaml optimizer.epochs=2 seed=1 name=short",
+    "flexpert train configs/fashion_mnist.yaml model.num_experts=0 name=dense-twin",
+    "flexpert train configs/fashion_mnist.yaml --resume",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Configuration, overrides, --resume."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run of this name from its newest checkpoint"
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Train; the summary of the run."""
+    from flexpert.train.job import train
+
+    return train(load_config(options.config, options.overrides), resume=options.resume)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The summary as text."""
+    run_folder = result["run"]
+    lines = [
+        "",
+        f"test accuracy {result['accuracy']:.4f} on {result['images']} images, "
+        f"after {result['steps']} steps in {result['seconds'] / 60:.1f} minutes",
+        "",
+        f"  model          {run_folder}/model   (safetensors, config.json, README.md)",
+        f"  metrics        {run_folder}/metrics.jsonl, {run_folder}/tensorboard",
+        f"  settings       {run_folder}/config.yaml",
+        f"  checkpoints    {run_folder}/checkpoints",
+        *(f"  plot           {path}" for path in result["plots"]),
+        "",
+        "try next:",
+        f"  flexpert evaluate {run_folder}",
+        f"  flexpert evaluate {run_folder} capacity_factor=0.5 top_k=2",
+        f"  tensorboard --logdir {run_folder}/tensorboard",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Values only: shapes, errors, registry, config, routing, context, statistics."""

@@ -1,0 +1,174 @@
+"""The configuration of one MoE layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+
+from .errors import ConfigError
+from .registry import Spec, check_options, split_spec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class _Layer(Protocol):
+    def num_active_params(self) -> int: ...
+    def flops_per_token(self) -> int: ...
+    def parameters(self) -> Any: ...
+
+
+_BUILDERS: dict[str, Any] = {}
+
+
+def set_builder(builder: Any) -> Any:
+    """Decorator by which the layer, in a room above, tells `MoEConfig.build` how to make it."""
+    _BUILDERS["moe"] = builder
+    return builder
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """One MoE layer, as plain data.
+
+    Attributes:
+        model_dim: D, width of a token.
+        hidden_dim: F, width of an expert's hidden layer.
+        num_experts: E.
+        top_k: K, experts per token (a default; it can be given at each call).
+        router: name of a router or {"name": ..., option: ...}; see `flexpert.routers`.
+        expert: name of an expert kind, {"name": ..., option: ...}, or a list of these with a "count" each for
+            a bank of unlike experts; see `flexpert.experts`.
+        activation: name of the experts' activation; see `flexpert.ops.activations`.
+        expert_bias: False, True, "b1" (hidden only) or "b2" (output only).
+        output_dim: width of the result; None means model_dim.
+        renormalize: weights of a token divided by their sum: False; True (not for K = 1, whose gate would get
+            no gradient); "always".
+        capacity_factor: rows an expert keeps of each token group = top_k * max(1, int(capacity_factor *
+            ceil(T / E))) where > 0; 0.0: exactly what is needed, nothing dropped; < 0: what is needed, at
+            most that of its absolute value; None: dropless, without a limit.
+        batch_prioritized: tokens of higher gate score take their places first (Riquelme et al., arXiv
+            2106.05974, section 4) instead of in order of arrival.
+        combine: name of the combine rule or a dict with options; see `flexpert.combine`.
+        num_shared_experts: experts of hidden_dim each that every token visits.
+        shared_gate: weigh the shared experts' output by sigmoid(x . g).
+        losses: names (or dicts with options) of the loss terms to compute; see `flexpert.losses`.
+    """
+
+    model_dim: int
+    hidden_dim: int
+    num_experts: int
+    top_k: int = 1
+    router: Spec = "linear"
+    expert: Spec | Sequence[Spec] = "mlp"
+    activation: str = "gelu"
+    expert_bias: bool | str = False
+    output_dim: int | None = None
+    renormalize: bool | str = False
+    capacity_factor: float | None = None
+    batch_prioritized: bool = False
+    combine: Spec = "sum"
+    num_shared_experts: int = 0
+    shared_gate: bool = False
+    losses: Sequence[Spec] = ("balance",)
+
+    def __post_init__(self) -> None:
+        for name in ("model_dim", "hidden_dim", "num_experts", "top_k"):
+            _require_int(name, getattr(self, name), least=1)
+        _require_int("num_shared_experts", self.num_shared_experts, least=0)
+        if self.output_dim is not None:
+            _require_int("output_dim", self.output_dim, least=1)
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                f"top_k={self.top_k} exceeds num_experts={self.num_experts}; choose top_k <= num_experts"
+            )
+        check_renormalize(self.renormalize)
+        if self.expert_bias not in (False, True, "b1", "b2"):
+            raise ConfigError(f"expert_bias={self.expert_bias!r}: expected False, True, 'b1' or 'b2'")
+        check_capacity_factor(self.capacity_factor)
+        if self.shared_gate and not self.num_shared_experts:
+            raise ConfigError(
+                "shared_gate=True needs num_shared_experts >= 1; there is no shared expert to gate"
+            )
+        split_spec(self.router, "router")
+        split_spec(self.combine, "combine")
+        if isinstance(self.losses, str):
+            raise ConfigError(f"losses={self.losses!r}: expected a list of names, such as ['{self.losses}']")
+        object.__setattr__(self, "losses", tuple(_plain(loss) for loss in self.losses))
+        for name in ("router", "expert", "combine"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict of numbers, strings, lists and dicts; `from_dict` is its inverse."""
+        return {f.name: _plain(getattr(self, f.name), as_list=True) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MoEConfig:
+        """The configuration of a plain dict; the dict is left as it was.
+
+        Raises:
+            ConfigError: an unknown key (the valid ones are listed), a missing one or a bad value.
+        """
+        fields = dataclasses.fields(cls)
+        check_options("MoEConfig", data, [f.name for f in fields])
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in data]
+        if missing:
+            raise ConfigError(f"MoEConfig: missing {', '.join(missing)}")
+        return cls(**data)
+
+    def build(self) -> nn.Module:
+        """The layer; parameters are on the current default device (`with torch.device("meta")` works)."""
+        return cast("nn.Module", _BUILDERS["moe"](self))
+
+    def num_params(self) -> int:
+        """Parameters of the layer."""
+        return sum(p.numel() for p in self._on_meta().parameters())
+
+    def num_active_params(self) -> int:
+        """Parameters that a token meets: router, shared experts and the K largest experts."""
+        return self._on_meta().num_active_params()
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a forward pass's matrix products per token (2 per multiply-add)."""
+        return self._on_meta().flops_per_token()
+
+    def _on_meta(self) -> _Layer:
+        with torch.device("meta"):
+            return cast("_Layer", self.build())
+
+
+def check_capacity_factor(value: float | None) -> None:
+    """Raise `ConfigError` unless the value is None or a finite number."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(
+            f"capacity_factor={value!r}: expected None (dropless), a number > 0 (fixed), 0 (adaptive) or "
+            f"< 0 (adaptive, at most its absolute value)"
+        )
+
+
+def check_renormalize(value: bool | str) -> None:
+    """Raise `ConfigError` unless the value is one of those `MoEConfig.renormalize` allows."""
+    if value not in (False, True, "always"):
+        raise ConfigError(f"renormalize={value!r}: expected False, True (not for top_k = 1) or 'always'")
+
+
+def _require_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r}: expected an integer >= {least}")
+
+
+def _plain(value: Any, *, as_list: bool = False) -> Any:
+    """A copy made of plain containers, so that no caller's dict is shared or changed."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item, as_list=as_list) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item, as_list=as_list) for item in value]
+        return items if as_list else tuple(items)
+    return value

@@ -1,0 +1,123 @@
+"""Equal feed-forward experts with stacked weights: two-layer MLPs and gated linear units."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from flexpert import ops
+from flexpert.core.errors import ConfigError
+from flexpert.core.registry import EXPERTS
+from flexpert.core.routing import Routing
+from flexpert.core.seeding import draw_base, draw_trunc_normal, draw_uniform, fill_per_expert
+from flexpert.ops.activations import get_activation
+
+from .bank import ExpertBank, ExpertBatch, autocast_dtype, cast
+
+
+class MLPExperts(ExpertBank):
+    """Experts y = act(x W1^T + b1) W2^T + b2, each stored as `nn.Linear` stores it, stacked.
+
+    Parameters: `w1` (E, F, D), `w2` (E, O, F), `b1` (E, F), `b2` (E, O).
+
+    Args:
+        num_experts: E.
+        model_dim: D.
+        hidden_dim: F.
+        output_dim: O; None means D.
+        activation: name; see `flexpert.ops.activations`.
+        bias: False, True, "b1" or "b2".
+        init_std: standard deviation of truncated-normal initial weights; None for uniform ones in
+            1 / sqrt(fan_in), as `nn.Linear`. Biases start at 0.
+    """
+
+    gated = False
+    sliceable = True
+    has_fused = True
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        model_dim: int,
+        hidden_dim: int,
+        output_dim: int | None = None,
+        activation: str = "gelu",
+        bias: bool | str = False,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(num_experts=num_experts, model_dim=model_dim, output_dim=output_dim or model_dim)
+        get_activation(activation)  # an unknown name is refused here
+        if init_std is not None and not init_std > 0:
+            raise ConfigError(f"init_std={init_std!r}: expected None or a number > 0")
+        self.hidden_dim, self.activation, self.init_std = hidden_dim, activation, init_std
+        hidden = (2, hidden_dim) if self.gated else (hidden_dim,)
+        self.w1 = nn.Parameter(torch.empty(num_experts, *hidden, model_dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, self.output_dim, hidden_dim))
+        self.b1 = nn.Parameter(torch.zeros(num_experts, *hidden)) if bias in (True, "b1") else None
+        self.b2 = nn.Parameter(torch.zeros(num_experts, self.output_dim)) if bias in (True, "b2") else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, each expert's from a generator of its own; biases become 0."""
+        base = draw_base()
+        for name, weight in (("w1", self.w1), ("w2", self.w2)):
+            if self.init_std is None:
+                draw = partial(draw_uniform, bound=weight.shape[-1] ** -0.5)
+            else:
+                draw = partial(draw_trunc_normal, std=self.init_std)
+            fill_per_expert(weight, base, name, draw)
+        for bias in (self.b1, self.b2):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, batch: ExpertBatch) -> Tensor:
+        """Results (N, O) of the rows; see `ExpertBank.forward`."""
+        rows_ND = batch.rows_ND.to(autocast_dtype(batch.rows_ND))
+        w1, b1, w2, b2 = self.weights_in(rows_ND.dtype)
+        act = get_activation(self.activation).forward
+        hidden = ops.grouped_linear(
+            rows_ND, w1.flatten(1, -2), None if b1 is None else b1.flatten(1), batch.counts_E, batch.slot_E
+        )
+        if self.gated:
+            gate_NF, up_NF = hidden.chunk(2, dim=-1)
+            hidden = act(gate_NF) * up_NF
+        else:
+            hidden = act(hidden)
+        return ops.grouped_linear(hidden, w2, b2, batch.counts_E, batch.slot_E)
+
+    def fused(self, x_TD: Tensor, routing: Routing, slot_E: Tensor | None = None) -> Tensor:
+        """Gather, experts and weighted sum in one operator; see `ExpertBank.fused`."""
+        x = x_TD.to(autocast_dtype(x_TD))
+        w1, b1, w2, b2 = self.weights_in(x.dtype)
+        y = ops.grouped_mlp(
+            x, routing.unit_N, routing.weight_N, routing.counts_E, slot_E, w1, b1, w2, b2, self.activation
+        )
+        return y.to(x_TD.dtype)
+
+    def flops_of_experts(self) -> list[int]:
+        """2 per weight."""
+        return [2 * (self.w1[0].numel() + self.w2[0].numel())] * self.num_experts
+
+    def weights_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """(w1, b1, w2, b2) in the dtype of a computation."""
+        return self.w1.to(dtype), cast(self.b1, dtype), self.w2.to(dtype), cast(self.b2, dtype)
+
+    def extra_repr(self) -> str:
+        """Shapes and activation, for `print(module)`."""
+        return f"E={self.num_experts}, D={self.model_dim}, F={self.hidden_dim}, activation={self.activation}"
+
+
+class GLUExperts(MLPExperts):
+    """Gated experts y = (act(x Wg^T + bg) * (x Wu^T + bu)) W2^T + b2 (Shazeer, arXiv 2002.05202).
+
+    Parameters: `w1` (E, 2, F, D), gate first; `w2` (E, O, F); `b1` (E, 2, F); `b2` (E, O).
+    """
+
+    gated = True
+
+
+EXPERTS.register("mlp")(MLPExperts)
+EXPERTS.register("glu")(GLUExperts)

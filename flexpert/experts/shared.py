@@ -1,0 +1,56 @@
+"""The shared expert: a dense feed-forward part that every token visits (Dai et al., arXiv 2401.06066)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexpert.ops.activations import get_activation
+
+from .bank import autocast_dtype
+from .mlp import GLUExperts, MLPExperts
+
+
+class SharedExpert(nn.Module):
+    """`count` experts of one size, computed as a single one of `count` times the hidden width.
+
+    Args:
+        count: number of shared experts.
+        gated: GLU instead of MLP.
+        gate: weigh the result by sigmoid(x . g), as Qwen2-MoE does (arXiv 2407.10671).
+        model_dim, hidden_dim, and the rest: as for `MLPExperts`, of one expert.
+    """
+
+    def __init__(
+        self, *, count: int, gated: bool, gate: bool, model_dim: int, hidden_dim: int, **options: Any
+    ) -> None:
+        super().__init__()
+        kind = GLUExperts if gated else MLPExperts
+        self.expert = kind(num_experts=1, model_dim=model_dim, hidden_dim=count * hidden_dim, **options)
+        self.gate = nn.Linear(model_dim, 1, bias=False) if gate else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, O) in x's dtype."""
+        expert = self.expert
+        x = x_TD.to(autocast_dtype(x_TD))
+        w1, b1, w2, b2 = expert.weights_in(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = F.linear(x, w1[0].flatten(0, -2), None if b1 is None else b1[0].flatten())
+            act = get_activation(expert.activation).forward
+            if expert.gated:
+                gate_TF, up_TF = hidden.chunk(2, dim=-1)
+                hidden = act(gate_TF) * up_TF
+            else:
+                hidden = act(hidden)
+            y_TO = F.linear(hidden, w2[0], None if b2 is None else b2[0])
+            if self.gate is not None:
+                y_TO = y_TO * F.linear(x, self.gate.weight.to(x.dtype)).sigmoid()
+        return y_TO.to(x_TD.dtype)
+
+    def flops_per_token(self) -> int:
+        """2 per weight."""
+        extra = 0 if self.gate is None else 2 * self.gate.weight.numel()
+        return self.expert.flops_of_experts()[0] + extra

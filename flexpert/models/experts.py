@@ -1,0 +1,67 @@
+"""The experts of SwinV2-MoE: MLPs with dropout between their two matrices."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexpert import ops
+from flexpert.core.errors import ConfigError
+from flexpert.core.registry import EXPERTS
+from flexpert.core.routing import Routing
+from flexpert.experts import ExpertBatch, MLPExperts
+from flexpert.experts.bank import autocast_dtype, weighted_sum
+from flexpert.ops.activations import get_activation
+
+
+@EXPERTS.register("mlp_dropout")
+class DropoutMLPExperts(MLPExperts):
+    """`MLPExperts` with dropout on the hidden layer in training: y = dropout(act(x W1^T + b1)) W2^T + b2.
+
+    Args:
+        num_experts, model_dim, hidden_dim, output_dim, activation, bias, init_std: see `MLPExperts`.
+        dropout: share of the hidden values set to 0; the others are divided by 1 - dropout.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        model_dim: int,
+        hidden_dim: int,
+        output_dim: int | None = None,
+        activation: str = "gelu",
+        bias: bool | str = False,
+        init_std: float | None = None,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(
+            num_experts=num_experts,
+            model_dim=model_dim,
+            hidden_dim=hidden_dim,
+            output_dim=output_dim,
+            activation=activation,
+            bias=bias,
+            init_std=init_std,
+        )
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout={dropout!r}: expected a number in 0 <= dropout < 1")
+        self.dropout = dropout
+
+    def forward(self, batch: ExpertBatch) -> Tensor:
+        """Results (N, O) of the rows; see `ExpertBank.forward`."""
+        rows_ND = batch.rows_ND.to(autocast_dtype(batch.rows_ND))
+        w1, b1, w2, b2 = self.weights_in(rows_ND.dtype)
+        pre_NF = ops.grouped_linear(rows_ND, w1, b1, batch.counts_E, batch.slot_E)
+        hidden_NF = F.dropout(get_activation(self.activation).forward(pre_NF), self.dropout, self.training)
+        return ops.grouped_linear(hidden_NF, w2, b2, batch.counts_E, batch.slot_E)
+
+    def fused(self, x_TD: Tensor, routing: Routing, slot_E: Tensor | None = None) -> Tensor:
+        """The fused operator where nothing is dropped; otherwise gather, experts and weighted sum."""
+        if not (self.training and self.dropout):
+            return super().fused(x_TD, routing, slot_E)
+        rows_ND = ops.gather_rows(x_TD, routing.unit_N, routing.counts_E)
+        batch = ExpertBatch(
+            rows_ND=rows_ND, counts_E=routing.counts_E, unit_N=routing.unit_N, slot_E=slot_E
+        )
+        return weighted_sum(self(batch), routing, x_TD.dtype)

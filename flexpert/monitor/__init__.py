@@ -1,0 +1,1 @@
+"""Watching a run: metrics on disk, plots."""

@@ -1,0 +1,68 @@
+"""Plots of a run: the learning curve, and which expert of which layer did how much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexpert.core.errors import FlexpertError
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise FlexpertError("plots need matplotlib: pip install 'flexpert[plots]'") from None
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def learning_curve(lines: Sequence[Mapping[str, Any]], path: Path, accuracy: float | None = None) -> None:
+    """Draw loss and training accuracy over steps as PNG.
+
+    Args:
+        lines: entries of metrics.jsonl.
+        path: of the picture.
+        accuracy: on the test images, drawn as a line where given.
+    """
+    plt = _pyplot()
+    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps = [line["step"] for line in lines]
+    left.plot(steps, [line["loss"] for line in lines], color="tab:blue", label="training loss")
+    left.set(xlabel="step", ylabel="training loss")
+    right = left.twinx()
+    right.plot(steps, [line.get("accuracy") for line in lines], color="tab:orange", label="training accuracy")
+    right.set(ylabel="accuracy", ylim=(0, 1))
+    if accuracy is not None:
+        right.axhline(accuracy, color="tab:green", linestyle="--", label=f"test accuracy {accuracy:.4f}")
+    figure.legend(loc="outside upper center", ncols=3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def load_map(load: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw a layer-by-expert heat map of load as PNG; 1 is an even share.
+
+    Args:
+        load: layer name to each expert's share of the rows.
+        path: of the picture.
+    """
+    plt = _pyplot()
+    rows = [[share * len(shares) for share in shares] for shares in load.values()]
+    width = max(len(row) for row in rows)
+    padded = [row + [float("nan")] * (width - len(row)) for row in rows]
+    figure, axes = plt.subplots(figsize=(2 + 0.6 * width, 1.5 + 0.5 * len(rows)), layout="constrained")
+    image = axes.imshow(
+        padded, cmap="viridis", vmin=0, vmax=max(2.0, *(max(row) for row in rows)), aspect="auto"
+    )
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white", fontsize=8)
+    axes.set(xlabel="expert", xticks=range(width), yticks=range(len(rows)), yticklabels=list(load))
+    axes.set_title("load of each expert (1 = even share)")
+    figure.colorbar(image)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,128 @@
+"""Operators: the only place with hand-written kernels.
+
+Shapes: T tokens, D model_dim, F hidden_dim, O output_dim, E experts, S weight slots, N rows (assignments),
+U units (usually T). Rows are grouped by expert: the first counts_E[0] rows are expert 0's, and so on; rows
+past counts_E.sum() are padding and are never read. Ids and counts are trusted: no value is checked, nothing
+waits for the device. Sums are accumulated in fp32 (fp64 for fp64). All are differentiable once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import library
+from .activations import ACTIVATIONS, Activation, get_activation
+from .select import override, report, use_backend
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "assign",
+    "gather_rows",
+    "get_activation",
+    "grouped_linear",
+    "grouped_mlp",
+    "report",
+    "scatter_combine",
+    "use_backend",
+]
+
+_assign = torch.ops.flexpert.assign.default
+_gather_rows = torch.ops.flexpert.gather_rows.default
+_grouped_linear = torch.ops.flexpert.grouped_linear.default
+_scatter_combine = torch.ops.flexpert.scatter_combine.default
+_grouped_mlp = torch.ops.flexpert.grouped_mlp.default
+
+
+def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Group candidate assignments by bin, in order of priority, keeping at most `capacity_B` in each.
+
+    Args:
+        key_N: int64, the bin of each candidate, most important first; any value outside [0, num_bins) means
+            that the candidate is absent.
+        num_bins: number of bins B.
+        capacity_B: int64, how many a bin keeps; None keeps all.
+
+    Returns:
+        (order_N, counts_B), int64: a permutation of range(N) with the kept candidates first, by bin and by
+        priority inside a bin, then the others in their order; and how many each bin keeps.
+    """
+    if (whole := override()) is not None:
+        return whole.assign(key_N, num_bins, capacity_B)
+    return _assign(key_N, num_bins, capacity_B)
+
+
+def gather_rows(x_TD: Tensor, unit_N: Tensor, counts_E: Tensor) -> Tensor:
+    """rows_ND with row i = x[unit_N[i]], and zeros past counts_E.sum()."""
+    if (whole := override()) is not None:
+        return whole.gather_rows(x_TD, unit_N, counts_E)
+    return _gather_rows(x_TD, unit_N, counts_E)
+
+
+def grouped_linear(
+    rows_ND: Tensor, w_SFD: Tensor, b_SF: Tensor | None, counts_E: Tensor, slot_E: Tensor | None = None
+) -> Tensor:
+    """y_NF with row i = w[slot] @ row i + b[slot], where slot = slot_E[expert of row i].
+
+    slot_E is int64; None stands for range(E). The rows of an expert with slot -1 cost nothing, give zeros
+    and get zero gradients, as do rows past counts_E.sum().
+    """
+    if (whole := override()) is not None:
+        return whole.grouped_linear(rows_ND, w_SFD, b_SF, counts_E, slot_E)
+    return _grouped_linear(rows_ND, w_SFD, b_SF, counts_E, slot_E)
+
+
+def scatter_combine(
+    rows_NO: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    num_units: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y_UO with y[u] = sum of weight_N[i] * rows_NO[i] over the rows i of unit u, in `dtype`.
+
+    weight_N is fp32 (fp64 for fp64 rows); None stands for ones. Units without rows get zeros.
+    """
+    if (whole := override()) is not None:
+        return whole.scatter_combine(rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
+    return _scatter_combine(rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
+
+
+def grouped_mlp(
+    x_TD: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    slot_E: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Gather, expert MLP and weighted scatter in one operator: y_TO in x's dtype.
+
+    Args:
+        x_TD: tokens; the weights and biases have its dtype.
+        unit_N: int64, the token of each row.
+        weight_N: fp32 (fp64 for fp64 tokens) factor of each row's output; None stands for ones.
+        counts_E: int64, rows per expert.
+        slot_E: int64, weight slot of each expert, -1 for an expert that is not here; None for range(E).
+        w1: (S, F, D), or (S, 2, F, D) for a gated MLP: act(w1[:, 0] x + b1[:, 0]) * (w1[:, 1] x + b1[:, 1]).
+        b1: (S, F), or (S, 2, F) for a gated MLP; or None.
+        w2: (S, O, F).
+        b2: (S, O), added before weighting; or None.
+        activation: a name in `ACTIVATIONS`.
+
+    Raises:
+        ConfigError: the activation is unknown.
+    """
+    if (whole := override()) is not None:
+        return whole.grouped_mlp(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation)
+    save = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x_TD, weight_N, w1, b1, w2, b2)
+    )
+    y_TO, _ = _grouped_mlp(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation, save)
+    return y_TO

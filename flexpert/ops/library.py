@@ -1,0 +1,239 @@
+"""The `torch.ops.flexpert` operators: schemas, shape-only kernels, autograd, and dispatch to a backend.
+
+A differentiable operator `op` has a twin `op_backward` of one schema-declared kernel. The twins have no
+derivative: differentiating twice raises, instead of giving a wrong second derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexpert.core.errors import FlexpertError
+from . import select
+
+_SCHEMAS = {
+    "assign": "(Tensor key, SymInt num_bins, Tensor? capacity) -> (Tensor, Tensor)",
+    "gather_rows": "(Tensor x, Tensor unit, Tensor counts) -> Tensor",
+    "gather_rows_backward": "(Tensor grad, Tensor unit, Tensor counts, SymInt num_units) -> Tensor",
+    "grouped_linear": "(Tensor rows, Tensor w, Tensor? b, Tensor counts, Tensor? slot) -> Tensor",
+    "grouped_linear_backward": (
+        "(Tensor grad, Tensor rows, Tensor w, Tensor counts, Tensor? slot, bool[] needs)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "scatter_combine": (
+        "(Tensor rows, Tensor unit, Tensor? weight, Tensor counts, SymInt num_units, ScalarType dtype)"
+        " -> Tensor"
+    ),
+    "scatter_combine_backward": (
+        "(Tensor grad, Tensor rows, Tensor unit, Tensor? weight, Tensor counts, bool[] needs)"
+        " -> (Tensor, Tensor)"
+    ),
+    "grouped_mlp": (
+        "(Tensor x, Tensor unit, Tensor? weight, Tensor counts, Tensor? slot, Tensor w1, Tensor? b1,"
+        " Tensor w2, Tensor? b2, str activation, bool save) -> (Tensor, Tensor)"
+    ),
+    "grouped_mlp_backward": (
+        "(Tensor grad, Tensor pre, Tensor x, Tensor unit, Tensor? weight, Tensor counts, Tensor? slot,"
+        " Tensor w1, Tensor w2, Tensor? b2, str activation, bool[] needs)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+LIBRARY = torch.library.Library("flexpert", "DEF")
+
+
+def _dispatcher(name: str) -> Callable[..., Any]:
+    def call(first: Tensor, *rest: Any) -> Any:
+        return select.kernel(name, first.device.type, first.dtype)(first, *rest)
+
+    return call
+
+
+for _name, _schema in _SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+    LIBRARY.impl(_name, _dispatcher(_name), "CompositeExplicitAutograd")
+
+
+# Shape-only kernels -------------------------------------------------------------------------------------
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"flexpert::{name}", lib=LIBRARY)
+
+
+def _asked(
+    like: Tensor, shapes: list[Any], needs: list[bool], dtypes: list[torch.dtype]
+) -> tuple[Tensor, ...]:
+    """Gradients as backward kernels return them: of the given shapes, empty where not asked for."""
+    return tuple(
+        like.new_empty(shape if need else (0,), dtype=dtype)
+        for shape, need, dtype in zip(shapes, needs, dtypes, strict=True)
+    )
+
+
+@_fake("assign")
+def _(key: Tensor, num_bins: int, capacity: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(key), key.new_empty(num_bins)
+
+
+@_fake("gather_rows")
+def _(x: Tensor, unit: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(unit.shape[0], x.shape[1])
+
+
+@_fake("gather_rows_backward")
+def _(grad: Tensor, unit: Tensor, counts: Tensor, num_units: int) -> Tensor:
+    return grad.new_empty(num_units, grad.shape[1])
+
+
+@_fake("grouped_linear")
+def _(rows: Tensor, w: Tensor, b: Tensor | None, counts: Tensor, slot: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], w.shape[1])
+
+
+@_fake("grouped_linear_backward")
+def _(
+    grad: Tensor, rows: Tensor, w: Tensor, counts: Tensor, slot: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    return _asked(rows, [rows.shape, w.shape, w.shape[:2]], needs, [rows.dtype] * 3)
+
+
+@_fake("scatter_combine")
+def _(
+    rows: Tensor, unit: Tensor, weight: Tensor | None, counts: Tensor, num_units: int, dtype: torch.dtype
+) -> Tensor:
+    return rows.new_empty((num_units, rows.shape[1]), dtype=dtype)
+
+
+@_fake("scatter_combine_backward")
+def _(
+    grad: Tensor, rows: Tensor, unit: Tensor, weight: Tensor | None, counts: Tensor, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    w_dtype = rows.dtype if weight is None else weight.dtype
+    return _asked(rows, [rows.shape, unit.shape], needs, [rows.dtype, w_dtype])
+
+
+@_fake("grouped_mlp")
+def _(
+    x: Tensor,
+    unit: Tensor,
+    weight: Tensor | None,
+    counts: Tensor,
+    slot: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    pre_shape = (unit.shape[0], *w1.shape[1:-1]) if save else (0,)
+    return x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(pre_shape)
+
+
+@_fake("grouped_mlp_backward")
+def _(
+    grad: Tensor,
+    pre: Tensor,
+    x: Tensor,
+    unit: Tensor,
+    weight: Tensor | None,
+    counts: Tensor,
+    slot: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    shapes = [x.shape, unit.shape, w1.shape, w1.shape[:-1], w2.shape, w2.shape[:2]]
+    w_dtype = x.dtype if weight is None else weight.dtype
+    return _asked(x, shapes, needs, [x.dtype, w_dtype, *[x.dtype] * 4])
+
+
+# Autograd -----------------------------------------------------------------------------------------------
+
+
+def _register_autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    torch.library.register_autograd(f"flexpert::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def _refuse_twice(name: str) -> None:
+    def refuse(ctx: Any, *grads: Tensor) -> Any:
+        raise FlexpertError(
+            f"flexpert::{name} cannot be differentiated twice; for second derivatives run the model inside"
+            " flexpert.ops.use_backend('reference')"
+        )
+
+    _register_autograd(f"{name}_backward", refuse, lambda ctx, inputs, output: None)
+
+
+for _name in ("gather_rows", "grouped_linear", "scatter_combine", "grouped_mlp"):
+    _refuse_twice(_name)
+
+
+def _given(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, unit, counts = inputs
+    ctx.save_for_backward(unit, counts)
+    ctx.num_units = x.shape[0]
+
+
+def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    unit, counts = ctx.saved_tensors
+    return torch.ops.flexpert.gather_rows_backward(grad, unit, counts, ctx.num_units), None, None
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, w, _, counts, slot = inputs
+    ctx.save_for_backward(rows, w, counts, slot)
+
+
+def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.flexpert.grouped_linear_backward(grad, *ctx.saved_tensors, needs)
+    return *_given(gradients, needs), None, None
+
+
+def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+    gradients = torch.ops.flexpert.scatter_combine_backward(grad, *ctx.saved_tensors, needs)
+    d_rows, d_weight = _given(gradients, needs)
+    return d_rows, None, d_weight, None, None, None
+
+
+def _setup_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, unit, weight, counts, slot, w1, _, w2, b2, activation, save = inputs
+    if not save:
+        raise FlexpertError("flexpert::grouped_mlp needs save=True where a gradient is wanted")
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], x, unit, weight, counts, slot, w1, w2, b2)
+    ctx.activation = activation
+
+
+def _backward_mlp(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 11
+    need = ctx.needs_input_grad
+    needs = [need[0], need[2], need[5], need[6], need[7], need[8]]
+    gradients = torch.ops.flexpert.grouped_mlp_backward(grad, *ctx.saved_tensors, ctx.activation, needs)
+    d_x, d_weight, d_w1, d_b1, d_w2, d_b2 = _given(gradients, needs)
+    return d_x, None, d_weight, None, None, d_w1, d_b1, d_w2, d_b2, None, None
+
+
+_register_autograd("gather_rows", _backward_gather, _setup_gather)
+_register_autograd("grouped_linear", _backward_linear, _setup_linear)
+_register_autograd("scatter_combine", _backward_combine, _setup_combine)
+_register_autograd("grouped_mlp", _backward_mlp, _setup_mlp)

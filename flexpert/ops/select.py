@@ -1,0 +1,127 @@
+"""Which backend runs an operator: verified and chosen once per (operator, device type, dtype), and reported.
+
+A backend is a name, a table of kernels and a `verify` that says why it refuses a kind of call. Kernels
+live below autograd: they get the arguments of the `flexpert::` schemas and return what those declare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from flexpert.core.errors import ConfigError, InputError
+from . import portable, portable_mlp, reference
+
+Kernel = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallFacts:
+    """What a backend may judge a call by; `dtype` is that of the first tensor."""
+
+    operator: str
+    device: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """`verify` returns None where the backend can run the call, else the reason why it cannot."""
+
+    name: str
+    kernels: Mapping[str, Kernel]
+    verify: Callable[[CallFacts], str | None]
+
+
+def _verify_portable(facts: CallFacts) -> str | None:
+    if facts.operator == "assign":
+        return None if facts.dtype == torch.int64 else f"keys must be int64, not {facts.dtype}"
+    return None if facts.dtype.is_floating_point else f"{facts.dtype} is not a floating point type"
+
+
+PORTABLE = Backend(
+    name="portable", kernels={**portable.KERNELS, **portable_mlp.KERNELS}, verify=_verify_portable
+)
+
+# In order of preference: the first that accepts a call runs it.
+BACKENDS: list[Backend] = [PORTABLE]
+
+_live: dict[tuple[str, str, torch.dtype], Kernel] = {}
+_forced: Backend | None = None
+_reference: ModuleType | None = None
+
+
+def _choose(facts: CallFacts) -> tuple[Backend | None, dict[str, str]]:
+    """The backend for such calls and, for every other one, why it does not run them."""
+    chosen: Backend | None = None
+    why: dict[str, str] = {}
+    for backend in BACKENDS if _forced is None else [_forced]:
+        reason = backend.verify(facts) if facts.operator in backend.kernels else "has no such kernel"
+        if reason is None and chosen is None:
+            chosen = backend
+        else:
+            why[backend.name] = reason or f"{chosen.name} comes first"  # type: ignore[union-attr]
+    return chosen, why
+
+
+def kernel(operator: str, device: str, dtype: torch.dtype) -> Kernel:
+    """The kernel that runs such calls, chosen at the first of them.
+
+    Raises:
+        InputError: no backend accepts them; the message gives each one's reason.
+    """
+    found = _live.get((operator, device, dtype))
+    if found is None:
+        chosen, why = _choose(CallFacts(operator=operator, device=device, dtype=dtype))
+        if chosen is None:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
+            raise InputError(f"no backend runs {operator} on {device} in {dtype} ({reasons})")
+        found = _live[operator, device, dtype] = chosen.kernels[operator]
+    return found
+
+
+def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+    """One row per operator and backend: `operator`, `backend`, `live` (does it run such calls?), `why`."""
+    rows = []
+    for operator in PORTABLE.kernels:
+        facts = CallFacts(
+            operator=operator, device=device, dtype=torch.int64 if operator == "assign" else dtype
+        )
+        chosen, why = _choose(facts)
+        for backend in BACKENDS:
+            live = backend is chosen
+            reason = f"first backend that accepts {facts.dtype} on {device}" if live else why[backend.name]
+            rows.append({"operator": operator, "backend": backend.name, "live": live, "why": reason})
+    return rows
+
+
+def override() -> ModuleType | None:
+    """The module whose functions replace whole operators, autograd included, inside `use_backend`."""
+    return _reference
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator by the named backend (or "reference", the naive loops) inside the `with`.
+
+    Raises:
+        ConfigError: no backend of that name; the message lists those there are.
+    """
+    global _forced, _reference
+    by_name = {backend.name: backend for backend in BACKENDS}
+    if name != "reference" and name not in by_name:
+        raise ConfigError(f"backend={name!r} is unknown; choose one of: reference, {', '.join(by_name)}")
+    before = _forced, _reference, dict(_live)
+    _live.clear()
+    _forced, _reference = by_name.get(name), reference if name == "reference" else None
+    try:
+        yield
+    finally:
+        _forced, _reference = before[:2]
+        _live.clear()
+        _live.update(before[2])

@@ -1,0 +1,39 @@
+"""Weight rules: gate scores of the chosen experts to combine weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flexpert.core.config import check_renormalize
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRule:
+    """Combine weights from gate scores.
+
+    Attributes:
+        renormalize: divide by the sum over the token's experts: False; True, except for K = 1, where the
+            weight would be constant and the gate would get no gradient; "always".
+        scale: factor on every weight.
+        straight_through: weight p / p.detach(): 1 in value, with the gate's gradient in relative form; for
+            exact starts of converted models. Takes the place of renormalisation.
+    """
+
+    renormalize: bool | str = False
+    scale: float = 1.0
+    straight_through: bool = False
+
+    def __post_init__(self) -> None:
+        check_renormalize(self.renormalize)
+
+    def __call__(self, score_TK: Tensor) -> Tensor:
+        """Weights (T, K); an absent expert has score 0 and keeps weight 0."""
+        if self.straight_through:
+            weight_TK = (score_TK / score_TK.detach().clamp(min=1e-20)).where(score_TK > 0, 0.0)
+        elif self.renormalize == "always" or (self.renormalize and score_TK.shape[-1] > 1):
+            weight_TK = score_TK / score_TK.sum(-1, keepdim=True).clamp(min=1e-20)
+        else:
+            weight_TK = score_TK
+        return weight_TK if self.scale == 1.0 else weight_TK * self.scale

@@ -1,0 +1,144 @@
+"""The channel through foreign models: context in, losses and statistics out, for MoE layers at any depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexpert.core.context import RoutingContext
+from flexpert.core.errors import InputError
+from flexpert.core.registry import suggest
+from flexpert.core.routing import AnyRouting
+from flexpert.core.stats import RoutingStats
+
+from .layer import MoE, MoEInfo
+
+Key = tuple[str, int]
+
+
+class routing_scope:  # noqa: N801  (used like a function: `with routing_scope(model) as scope`)
+    """Gives every MoE layer of a model a context, and collects what their calls did.
+
+    `with routing_scope(model, context=context) as scope:` then `scope.losses["balance"].mean()`. A context
+    given to a layer's call itself wins over the scope's. Scopes may be nested; the innermost one acts.
+
+    Under activation checkpointing call `backward()` inside the `with`: the recomputation then sees the same
+    context, and is not counted again. Checkpointing must be non-reentrant (`use_reentrant=False`): the
+    reentrant form loses the gradient of the losses, and is refused.
+
+    Args:
+        model: any module; its `MoE` layers take part. It may have none.
+        context: for every call inside the scope.
+    """
+
+    def __init__(self, model: nn.Module, *, context: RoutingContext | None = None) -> None:
+        self.context = context
+        self._layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+        self._handles: list[_Handle] = []
+        self._outer: list[Any] = []
+
+    def __enter__(self) -> routing_scope:
+        self._handles = [_Handle(self.context) for _ in self._layers]
+        self._outer = [layer.scope for _, layer in self._layers]
+        for (_, layer), handle in zip(self._layers, self._handles, strict=True):
+            layer.scope = handle
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for (_, layer), handle, outer in zip(self._layers, self._handles, self._outer, strict=True):
+            handle.open = False
+            layer.scope = outer if outer is not None and outer.open else _Closed()
+
+    @property
+    def infos(self) -> dict[Key, MoEInfo]:
+        """What each call did, by (layer name, index of the call of that layer)."""
+        pairs = zip(self._layers, self._handles, strict=True)
+        return {(name, i): info for (name, _), handle in pairs for i, info in enumerate(handle.calls)}
+
+    @property
+    def losses(self) -> Mapping[str, Tensor]:
+        """Loss terms by name, each a 1-D tensor over the calls of the layers that have it."""
+        return _Losses(self.infos)
+
+    @property
+    def stats(self) -> dict[Key, RoutingStats]:
+        """Statistics of each call."""
+        return {key: info.stats for key, info in self.infos.items()}
+
+    @property
+    def routings(self) -> dict[Key, AnyRouting]:
+        """The routing of each call."""
+        return {key: info.routing for key, info in self.infos.items()}
+
+
+class _Handle:
+    """A scope's end at one layer: a plain object, which a compiled graph may read and write."""
+
+    def __init__(self, context: RoutingContext | None) -> None:
+        self.context = context
+        self.open = True
+        self.calls: list[MoEInfo] = []
+
+    def context_for_call(self) -> RoutingContext | None:
+        return self.context
+
+    def record(self, info: MoEInfo) -> None:
+        if _recomputing():
+            self._refuse_reentrant(info)
+        else:
+            self.calls.append(info)
+
+    def _refuse_reentrant(self, info: MoEInfo) -> None:
+        had_gradient = any(loss.requires_grad for call in self.calls for loss in call.losses.values())
+        if not had_gradient and any(loss.requires_grad for loss in info.losses.values()):
+            raise InputError(
+                "reentrant activation checkpointing loses the gradient of the routing losses; use "
+                "torch.utils.checkpoint with use_reentrant=False"
+            )
+
+
+class _Closed:
+    """What a scope leaves behind: it makes a recomputation that comes too late an error."""
+
+    open = False
+
+    def __init__(self) -> None:
+        self.expired = False
+
+    def context_for_call(self) -> None:
+        if not _recomputing():
+            self.expired = True
+        elif not self.expired:
+            raise InputError(
+                "backward recomputes a layer whose routing_scope has ended; call backward() inside the `with`"
+            )
+
+    def record(self, info: MoEInfo) -> None:
+        """Nothing: the scope has ended."""
+
+
+class _Losses(Mapping[str, Tensor]):
+    def __init__(self, infos: Mapping[Key, MoEInfo]) -> None:
+        self._terms: dict[str, list[Tensor]] = {}
+        for info in infos.values():
+            for name, value in info.losses.items():
+                self._terms.setdefault(name, []).append(value)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._terms:
+            raise InputError(f"no layer of the scope gave a loss {name!r}; {suggest(name, self._terms)}")
+        return torch.stack(self._terms[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._terms)
+
+    def __len__(self) -> int:
+        return len(self._terms)
+
+
+def _recomputing() -> bool:
+    """Whether this forward runs inside a backward, as activation checkpointing makes it."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

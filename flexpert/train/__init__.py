@@ -1,0 +1,1 @@
+"""Training: data, checkpoints, the loop and its schedule."""

@@ -1,0 +1,158 @@
+"""Tensors in folders of torch.distributed.checkpoint, whose pickled metadata is read without trust."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from flexpert.core.errors import CheckpointError
+
+_METADATA_FILE = ".metadata"
+_ALLOWED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),  # looks a name up in a table of layouts
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+} | {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    )
+}
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write plain tensors into `folder` from this process alone; the files are on the disk at return."""
+    with _plain_errors():
+        dcp.save(
+            {name: tensor.detach() for name, tensor in tensors.items()},
+            storage_writer=_AnonymousWriter(folder),
+            planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=True,
+        )
+
+
+def read_tensors(path: Path, described: Mapping[str, str], files: set[str]) -> dict[str, Tensor]:
+    """Read the tensors of a folder onto the CPU.
+
+    Args:
+        path: the folder, its files already verified.
+        described: `describe(tensor)` of each tensor that must be there, in the order of the result.
+        files: names of the verified files; no other is opened.
+
+    Raises CheckpointError for metadata that holds anything but tensors so described, in these files.
+    """
+    try:
+        reader = _RestrictedReader(path, files)
+        entries = reader.read_metadata().state_dict_metadata
+        found = {name: _text(entry.properties.dtype, entry.size) for name, entry in entries.items()}
+        if found != described:
+            raise pickle.UnpicklingError("its tensors are not those of the manifest")
+        tensors = {
+            name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in described
+        }
+        with _plain_errors():
+            dcp.load(
+                tensors,
+                storage_reader=reader,
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                no_dist=True,
+            )
+    except Exception as error:  # a made-up file may raise anything
+        raise CheckpointError(f"{path / _METADATA_FILE} is refused: {error}") from error
+    return tensors
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype and shape, such as "float32[2, 3]"."""
+    return _text(tensor.dtype, tensor.shape)
+
+
+def _text(dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Resolves the types of DCP's metadata and torch's dtypes, and so can call nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no type of checkpoint metadata")
+
+
+class _RestrictedReader(dcp.FileSystemReader):
+    def __init__(self, path: Path, files: set[str]) -> None:
+        super().__init__(path)
+        self._folder = path
+        self._files = files
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if _METADATA_FILE not in self._files:
+            raise pickle.UnpicklingError("the manifest does not name it")
+        with (self._folder / _METADATA_FILE).open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        self._check(metadata)
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+    def _check(self, metadata: Metadata) -> None:
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise pickle.UnpicklingError(f"{name!r} is no tensor")
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                raise pickle.UnpicklingError(f"the pieces of {name!r} do not make up its size")
+        for info in metadata.storage_data.values():
+            if not isinstance(info, _StorageInfo) or info.relative_path not in self._files:
+                raise pickle.UnpicklingError("it points to a file that the manifest does not name")
+            if info.transform_descriptors:
+                raise pickle.UnpicklingError(f"it asks for the transforms {info.transform_descriptors}")
+
+
+class _AnonymousWriter(dcp.FileSystemWriter):
+    """Keeps the folder's path on this machine out of the metadata."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn DCP's wrapper, which is no Exception and hides even a KeyboardInterrupt, into what it wraps."""
+    with warnings.catch_warnings():
+        # That there is no process group is what `no_dist=True` asks for.
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+        )
+        try:
+            yield
+        except CheckpointException as wrapper:
+            cause, _ = next(iter(wrapper.failures.values()))
+            raise _origin(cause) from None
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The OSError (a full disk) under which torch failed to close a file, or else the error itself."""
+    below = error.__context__
+    while below is not None and not isinstance(below, OSError):
+        below = below.__context__
+    return below or error

@@ -1,0 +1,221 @@
+"""A whole run: folder, training, evaluation, saved model, plots, summary."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from flexpert.core.context import RoutingContext
+from flexpert.core.errors import ConfigError
+from flexpert.core.registry import check_options
+from flexpert.core.seeding import derive_seed
+from flexpert.layer import MoE
+from flexpert.monitor.metrics import MetricsWriter, read_metrics
+
+from .config import TrainConfig, decode
+from .loop import fit, total_steps
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Train, evaluate and save; everything lies in `<output>/<name>/`.
+
+    Args:
+        config: settings.
+        resume: go on with the run of this name; its settings must be the same. Without it, a name that is
+            taken
+            gets a number: nothing is overwritten.
+
+    Returns:
+        "run" (folder), "accuracy", "images", "steps", "seconds" (of training), "plots" (files).
+
+    Raises:
+        ConfigError: bad settings, or a run to resume that has others.
+    """
+    _prepare(config)
+    task = _task(config)
+    folder = _open_run(config, resume)
+    _say(f"run {folder}: {_describe(task.model)}; images from {task.dataset.source}")
+    writer = MetricsWriter(folder)
+    steps = total_steps(task, config)
+    with _Progress(steps) as progress:
+        seconds = fit(task, config, folder, writer, progress.report)
+    result = {"run": str(folder), "steps": steps, "seconds": seconds, **task.evaluate()}
+    writer.close()
+    _save_model(task, folder)
+    result["plots"] = [str(path) for path in _plots(task, folder, result["accuracy"])]
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy of a run's saved model.
+
+    Args:
+        folder: of the run.
+        overrides: "top_k" and "capacity_factor", in place of the model's own.
+
+    Returns:
+        "accuracy", "images", "seconds", "routing" (the overrides) and, with MoE layers, "drop_rate".
+
+    Raises:
+        ConfigError: no such run, no saved model, or an unknown override.
+    """
+    from flexpert.models.swinv2_moe import SwinV2MoEForImageClassification
+
+    from .vision import VisionTask
+
+    check_options("evaluate", overrides, ("top_k", "capacity_factor"))
+    model_folder = Path(folder) / "model"
+    if not (model_folder / "config.json").exists():
+        raise ConfigError(
+            f"{folder} has no saved model; name the folder of a finished run, or resume it first"
+        )
+    config = _stored_config(Path(folder))
+    _prepare(config)
+    task = VisionTask(config, SwinV2MoEForImageClassification.from_pretrained(model_folder))
+    if overrides and not any(isinstance(module, MoE) for module in task.model.modules()):
+        raise ConfigError(f"{folder} is a dense model: {', '.join(overrides)} would change nothing")
+    began = time.perf_counter()
+    figures = task.evaluate(RoutingContext(**overrides))
+    return {
+        **figures,
+        "seconds": round(time.perf_counter() - began, 3),
+        "routing": overrides,
+        "run": str(folder),
+    }
+
+
+def _say(text: str) -> None:
+    """A line for the person who waits; standard output is for results."""
+    sys.stderr.write(f"{text}\n")
+
+
+def _prepare(config: TrainConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(derive_seed(config.seed, "run"))
+
+
+def _task(config: TrainConfig) -> Any:
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("the vision model needs transformers: pip install 'flexpert[vision]'")
+    from .vision import VisionTask
+
+    return VisionTask(config)
+
+
+def _open_run(config: TrainConfig, resume: bool) -> Path:
+    """The run's folder, with its settings in it."""
+    folder = Path(config.output) / config.name
+    if resume:
+        if not folder.is_dir():
+            raise ConfigError(f"there is no run {folder} to resume; start it without --resume")
+        if not (folder / "config.yaml").exists():  # killed before its first second was over
+            _write_config(config, folder)
+        stored = _stored_config(folder)
+        changed = sorted(k for k, v in stored.to_dict().items() if v != config.to_dict()[k])
+        if changed:
+            raise ConfigError(
+                f"{folder} was run with other settings ({', '.join(changed)}); resume it with "
+                f"the same, or start anew"
+            )
+        return folder
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+            folder = Path(config.output) / f"{config.name}-{number}"
+        except OSError as error:
+            raise ConfigError(f"output={config.output!r}: cannot make {folder}: {error.strerror}") from None
+    _write_config(config, folder)
+    return folder
+
+
+def _write_config(config: TrainConfig, folder: Path) -> None:
+    settings = {**config.to_dict(), "name": folder.name}
+    temporary = folder / "config.yaml.tmp"
+    temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    temporary.replace(folder / "config.yaml")
+
+
+def _stored_config(folder: Path) -> TrainConfig:
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
+    return decode(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def _save_model(task: Any, folder: Path) -> None:
+    """Write `model/` beside its final name, then rename: a reader never sees half a model."""
+    fresh, final = folder / "model.tmp", folder / "model"
+    shutil.rmtree(fresh, ignore_errors=True)
+    task.save(fresh)
+    shutil.rmtree(final, ignore_errors=True)
+    fresh.rename(final)
+
+
+def _describe(model: torch.nn.Module) -> str:
+    layers = [m for m in model.modules() if isinstance(m, MoE)]
+    params = sum(p.numel() for p in model.parameters())
+    if not layers:
+        return f"{params / 1e6:.2f} M parameters, no MoE layer"
+    saved = sum(sum(p.numel() for p in m.parameters()) - m.num_active_params() for m in layers)
+    active = params - saved
+    return f"{params / 1e6:.2f} M parameters ({active / 1e6:.2f} M active), {len(layers)} MoE layers"
+
+
+def _plots(task: Any, folder: Path, accuracy: float) -> list[Path]:
+    if importlib.util.find_spec("matplotlib") is None:
+        _say("no plots: pip install 'flexpert[plots]' draws them")
+        return []
+    from flexpert.monitor.plots import learning_curve, load_map
+
+    curve = folder / "learning_curve.png"
+    learning_curve(read_metrics(folder), curve, accuracy)
+    load = task.load()
+    if not load:
+        return [curve]
+    load_map(load, folder / "load.png")
+    return [curve, folder / "load.png"]
+
+
+class _Progress:
+    """A bar on a terminal, plain lines elsewhere; on standard error, so that results stay apart."""
+
+    def __init__(self, steps: int) -> None:
+        self._bar = tqdm(total=steps, unit="step", file=sys.stderr, disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def report(self, line: dict[str, Any]) -> None:
+        """Show one line of metrics."""
+        parts = [
+            f"loss {line['loss']:.4f}",
+            f"accuracy {line.get('accuracy', 0):.3f}",
+            f"{line['tokens_per_second'] / 1000:.1f}k tokens/s",
+        ]
+        if "load" in line:
+            busiest = max(max(shares) * len(shares) for shares in line["load"].values())
+            parts += [f"busiest expert {busiest:.1f}x", f"dropped {line['drop_rate']:.1%}"]
+        text = ", ".join(parts)
+        if self._bar.disable:
+            _say(f"step {line['step']}/{line['steps']} ({line['seconds']:.0f} s): {text}")
+        else:
+            self._bar.set_postfix_str(text)
+            self._bar.update(line["step"] - self._bar.n)

@@ -1,0 +1,128 @@
+"""The image-classification job: SwinV2-MoE on images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexpert.core.context import RoutingContext
+from flexpert.core.errors import ConfigError
+from flexpert.core.stats import RoutingStats
+from flexpert.models.swinv2_moe import SwinV2MoEForImageClassification, parameter_groups, preset
+from flexpert.scope import routing_scope
+
+from .config import TrainConfig
+from .data import ImageDataset, load_fashion_mnist
+from .images import ImageBatches
+from .task import StepResult
+
+DATASETS = {"fashion_mnist": load_fashion_mnist}
+
+
+def load_dataset(config: TrainConfig) -> ImageDataset:
+    """The images a configuration names.
+
+    Raises:
+        ConfigError: an unknown data set.
+    """
+    if config.data.name not in DATASETS:
+        raise ConfigError(f"data.name={config.data.name!r}: expected one of {', '.join(DATASETS)}")
+    return DATASETS[config.data.name](config.data.folder)
+
+
+class VisionTask:
+    """Trains and evaluates a SwinV2-MoE classifier; see `Task`.
+
+    Args:
+        config: settings of the run.
+        model: in place of a new one made from the settings.
+    """
+
+    def __init__(self, config: TrainConfig, model: SwinV2MoEForImageClassification | None = None) -> None:
+        self.config = config
+        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dataset = load_dataset(config)
+        self.model = build_model(config) if model is None else model
+        self.model.to(self.device)
+        vision = self.model.config
+        self.batches = ImageBatches(
+            self.dataset,
+            config.data,
+            image_size=vision.image_size,
+            batch_size=config.optimizer.batch_size,
+            seed=config.seed,
+        )
+        self.steps_per_epoch = self.batches.steps_per_epoch
+        self.tokens_per_step = self.batches.batch_size * (vision.image_size // vision.patch_size) ** 2
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for AdamW."""
+        return parameter_groups(self.model, weight_decay)
+
+    def loss(self, step: int) -> StepResult:
+        """Cross entropy plus the weighted balance loss of the batch of this step."""
+        images, labels = (part.to(self.device) for part in self.batches.train(step))
+        with routing_scope(self.model, context=RoutingContext(step=step)) as scope:
+            logits = self._logits(images)
+        smoothing = self.config.optimizer.label_smoothing
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        metrics = {"accuracy": (logits.detach().argmax(-1) == labels).float().mean()}
+        vision = self.model.config
+        if scope.infos:
+            balance = scope.losses[vision.balance_loss].mean()
+            loss = loss + vision.balance_weight * balance
+            metrics[vision.balance_loss] = balance.detach()
+        return StepResult(loss, metrics, scope.stats)
+
+    @torch.no_grad()
+    def evaluate(self, context: RoutingContext | None = None, batch_size: int = 500) -> dict[str, float]:
+        """Accuracy on the test images, and the share of assignments dropped where there are MoE layers."""
+        self.model.eval()
+        images, labels = self.dataset.test_images, self.dataset.test_labels
+        correct, dropped, selected = 0, 0.0, 0.0
+        for chunk, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            with routing_scope(self.model, context=context) as scope:
+                logits = self._logits(self.batches.normalize(chunk).to(self.device))
+            correct += int((logits.argmax(-1).cpu() == target).sum())
+            dropped += sum(float(s.dropped) for s in scope.stats.values())
+            selected += sum(float(s.selected_E.sum()) for s in scope.stats.values())
+        result = {"accuracy": correct / len(labels), "images": len(labels)}
+        return result | ({"drop_rate": dropped / selected} if selected else {})
+
+    def load(self, images: int = 2000) -> Mapping[str, list[float]]:
+        """Share of the rows each expert computes on test images, by layer; empty for a dense model."""
+        self.model.eval()
+        chunk = self.batches.normalize(self.dataset.test_images[:images]).to(self.device)
+        with torch.no_grad(), routing_scope(self.model) as scope:
+            self._logits(chunk)
+        return {name: _shares(stats) for (name, _), stats in scope.stats.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write the model: safetensors, config, card."""
+        self.model.save_pretrained(folder)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        bfloat16 = self.config.optimizer.dtype == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            return self.model(pixel_values=images).logits.float()
+
+
+def build_model(config: TrainConfig) -> SwinV2MoEForImageClassification:
+    """A new model from the settings: a preset and changes to it.
+
+    Raises:
+        ConfigError: no preset, or settings the model does not have.
+    """
+    settings = dict(config.model)
+    if "preset" not in settings:
+        raise ConfigError("model.preset is missing; expected one of tiny, small, base")
+    return SwinV2MoEForImageClassification(preset(settings.pop("preset"), **settings))
+
+
+def _shares(stats: RoutingStats) -> list[float]:
+    return (stats.load_E / stats.load_E.sum().clamp(min=1)).tolist()
