@@ -6,10 +6,11 @@ from .balancers import BiasBalancer
 from .core.config import MoEConfig
 from .core.context import RoutingContext
 from .core.errors import CheckpointError, ConfigError, DistributedError, FlexpertError, InputError
+from .core.info import MoEInfo
 from .core.routing import CapacityRouting, DenseRouting, Routing
 from .core.stats import RoutingStats
 from .core.unset import UNSET
-from .layer import MoE, MoEInfo
+from .layer import MoE
 from .scope import routing_scope
 
 __version__ = "0.1.0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flexpert.core.config import MoEConfig
+from flexpert.core.config import MoEConfig, require_bool, require_number
 from flexpert.core.errors import ConfigError
 from flexpert.core.registry import check_options, keyword_names, split_spec, suggest
 from flexpert.core.routing import AnyRouting, DenseRouting
@@ -18,9 +18,11 @@ class WeightedSum(nn.Module):
 
     Attributes:
         plain: nothing but this sum, so that a bank's fused operator may take its place.
+        needs_selection: not for soft routing, which has no weight of a choice.
     """
 
     plain = True
+    needs_selection = False
 
     def prepare(self, rows_ND: Tensor, routing: AnyRouting) -> Tensor:
         """The rows that the experts see."""
@@ -35,13 +37,11 @@ class WeightedInput(WeightedSum):
     """y = sum of E(weight * x): the weight is applied before the experts, not after."""
 
     plain = False
+    needs_selection = True
 
     def prepare(self, rows_ND: Tensor, routing: AnyRouting) -> Tensor:
         """Rows times their weights."""
-        if isinstance(routing, DenseRouting):
-            raise ConfigError(
-                "combine='weighted_input' needs a router that selects; soft routing has no weights"
-            )
+        assert not isinstance(routing, DenseRouting)
         return (rows_ND * routing.weight_N[:, None]).to(rows_ND.dtype)
 
     def forward(self, rows_NO: Tensor, routing: AnyRouting, dtype: torch.dtype) -> Tensor:
@@ -62,12 +62,16 @@ class Scaled(WeightedSum):
 
     def __init__(self, *, scale: float = 1.0, hard: bool = False) -> None:
         super().__init__()
+        require_number("scale", scale)
+        require_bool("hard", hard)
         self.scale, self.hard = scale, hard
+        self.needs_selection = hard
 
     def forward(self, rows_NO: Tensor, routing: AnyRouting, dtype: torch.dtype) -> Tensor:
         """Outputs (T, O) in `dtype`."""
         weight_N = None
-        if self.hard and not isinstance(routing, DenseRouting):
+        if self.hard:
+            assert not isinstance(routing, DenseRouting)
             weight_N = torch.ones_like(routing.weight_N)
         return scatter(rows_NO, routing, dtype, weight_N) * self.scale
 
@@ -76,11 +80,11 @@ class OnePlus(WeightedSum):
     """y = sum of (1 + weight) * result: with weights at 0 the plain sum of a dense layer's slices."""
 
     plain = False
+    needs_selection = True
 
     def forward(self, rows_NO: Tensor, routing: AnyRouting, dtype: torch.dtype) -> Tensor:
         """Outputs (T, O) in `dtype`."""
-        if isinstance(routing, DenseRouting):
-            raise ConfigError("combine='one_plus' needs a router that selects; soft routing has no weights")
+        assert not isinstance(routing, DenseRouting)
         return scatter(rows_NO, routing, dtype, 1 + routing.weight_N)
 
 

@@ -37,16 +37,16 @@ def scatter(
 
 
 def _gather_dense(x_TD: Tensor, routing: DenseRouting) -> Tensor:
-    batch, length, slots = routing.dispatch_BSP.shape
-    x_BSD = x_TD.view(batch, length, -1)
+    batch, length, _ = routing.dispatch_BSP.shape
+    x_BSD = x_TD.view(batch, length, x_TD.shape[-1])
     with torch.autocast(x_TD.device.type, enabled=False):
         slots_PBD = torch.einsum("bsp,bsd->pbd", routing.dispatch_BSP, x_BSD.to(routing.dispatch_BSP.dtype))
-    return slots_PBD.reshape(slots * batch, -1).to(x_TD.dtype)
+    return slots_PBD.flatten(0, 1).to(x_TD.dtype)
 
 
 def _scatter_dense(rows_NO: Tensor, routing: DenseRouting, dtype: torch.dtype) -> Tensor:
     batch, _, slots = routing.combine_BSP.shape
-    rows_PBO = rows_NO.view(slots, batch, -1).to(routing.combine_BSP.dtype)
+    rows_PBO = rows_NO.view(slots, batch, rows_NO.shape[-1]).to(routing.combine_BSP.dtype)
     with torch.autocast(rows_NO.device.type, enabled=False):
         y_BSO = torch.einsum("bsp,pbo->bso", routing.combine_BSP, rows_PBO)
-    return y_BSO.reshape(routing.num_units, -1).to(dtype)
+    return y_BSO.flatten(0, 1).to(dtype)

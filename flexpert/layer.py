@@ -5,9 +5,7 @@ Letters: T tokens, D model_dim, O output_dim, N rows.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -15,8 +13,9 @@ from torch import Tensor, nn
 from flexpert.core.config import MoEConfig, set_builder
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import CheckpointError, ConfigError, InputError
+from flexpert.core.info import MoEInfo
 from flexpert.core.routing import AnyRouting
-from flexpert.core.stats import RoutingStats, measure
+from flexpert.core.stats import measure
 from flexpert.core.unset import UNSET, UnsetType
 
 from .combine import WeightedSum, build_combine
@@ -28,29 +27,11 @@ from .routers import Router, build_router
 _DEFAULT = RoutingContext()
 
 
-@dataclass(frozen=True, kw_only=True)
-class MoEInfo:
-    """What a call did besides its output.
-
-    Attributes:
-        losses: the layer's loss terms by name, scalars with gradient, unweighted; see `flexpert.losses`.
-        stats: load, drops and entropy.
-        routing: who computed what.
-    """
-
-    losses: Mapping[str, Tensor]
-    stats: RoutingStats
-    routing: AnyRouting
-
-
 class LayerScope(Protocol):
-    """What `routing_scope` leaves on a layer: the context in, what the call did out.
+    """What `routing_scope` leaves on a layer: the context in, what the call did out."""
 
-    Attributes:
-        open: calls are recorded.
-    """
-
-    open: bool
+    def wants_info(self) -> bool:
+        """Whether losses and statistics of the call that is about to run are to be computed."""
 
     def context_for_call(self) -> RoutingContext | None:
         """The context of the call that is about to run; None where the scope does not apply."""
@@ -97,15 +78,23 @@ class MoE(nn.Module):
             combine, losses = build_combine(config), build_losses(config)
         elif router is None or experts is None:
             raise ConfigError("MoE needs a config, or a router and experts")
-        routed = getattr(router, "num_experts", experts.num_experts)
-        if routed != experts.num_experts:
-            raise ConfigError(f"router chooses among {routed} experts, the bank has {experts.num_experts}")
+        for name in ("num_experts", "model_dim"):
+            routed, own = getattr(router, name, None), getattr(experts, name)
+            if routed not in (None, own):
+                raise ConfigError(
+                    f"the router has {name}={routed}, the experts {name}={own}; make them equal"
+                )
         self.config = config
         self.router, self.experts = router, experts
         self.combine = WeightedSum() if combine is None else combine
         self.shared = shared
         self.losses: dict[str, Loss] = dict(losses or {})
         dense = getattr(router, "dense", False)
+        if dense and self.combine.needs_selection:
+            raise ConfigError(
+                f"{type(self.combine).__name__} weighs choices, and {type(router).__name__} makes none: "
+                f"every token reads all slots; use combine='sum'"
+            )
         self.use_fused = self.combine.plain and experts.has_fused and not dense
         self.register_load_state_dict_pre_hook(_check_shapes)
         self.scope: LayerScope | None = None  # set by routing_scope for the time of its `with`
@@ -139,15 +128,17 @@ class MoE(nn.Module):
         scope = self.scope
         if scope is not None and context is None:
             context = scope.context_for_call()
-        context = _with_overrides(context or _DEFAULT, top_k, capacity_factor)
+        context = (context or _DEFAULT).with_overrides(top_k, capacity_factor).for_tokens(x.shape[:-1])
         x_TD = x.reshape(-1, x.shape[-1])
-        context = context.for_tokens(x_TD.shape[0], x.shape[-2] if x.dim() > 2 else None)
-        routing = self.router(x_TD, context)
-        y_TO = self.experts.fused(x_TD, routing) if self.use_fused else self._through_rows(x_TD, routing)
+        real_TD = context.hide_padding(x_TD)
+        routing = self.router(real_TD, context)
+        y_TO = (
+            self.experts.fused(real_TD, routing) if self.use_fused else self._through_rows(real_TD, routing)
+        )
         if self.shared is not None:
             y_TO = y_TO + self.shared(x_TD)
         y = y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
-        recording = scope is not None and scope.open
+        recording = scope is not None and scope.wants_info()
         if not recording and not return_info:
             return y
         losses = {name: term(routing, context) for name, term in self.losses.items()}
@@ -199,16 +190,6 @@ def _check_shapes(layer: nn.Module, tensors: Mapping[str, Tensor], prefix: str, 
                 f"{prefix}{name} has shape {tuple(given.shape)} in the checkpoint, "
                 f"{tuple(own.shape)} in this layer; build the layer from the checkpoint's config"
             )
-
-
-def _with_overrides(
-    context: RoutingContext, top_k: int | UnsetType, capacity_factor: float | None | UnsetType
-) -> RoutingContext:
-    if top_k is not UNSET:
-        context = dataclasses.replace(context, top_k=top_k)
-    if capacity_factor is not UNSET:
-        context = dataclasses.replace(context, capacity_factor=capacity_factor)
-    return context
 
 
 @set_builder

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import InputError
+from flexpert.core.info import MoEInfo
+from flexpert.core.recomputing import recomputing
 from flexpert.core.registry import suggest
 from flexpert.core.routing import AnyRouting
 from flexpert.core.stats import RoutingStats
 
-from .layer import MoE, MoEInfo
+from .layer import MoE
 
 Key = tuple[str, int]
 
@@ -41,16 +43,15 @@ class routing_scope:  # noqa: N801  (used like a function: `with routing_scope(m
         self._outer: list[Any] = []
 
     def __enter__(self) -> routing_scope:
-        self._handles = [_Handle(self.context) for _ in self._layers]
         self._outer = [layer.scope for _, layer in self._layers]
+        self._handles = [_Handle(self.context, outer) for outer in self._outer]
         for (_, layer), handle in zip(self._layers, self._handles, strict=True):
             layer.scope = handle
         return self
 
     def __exit__(self, *error: object) -> None:
-        for (_, layer), handle, outer in zip(self._layers, self._handles, self._outer, strict=True):
-            handle.open = False
-            layer.scope = outer if outer is not None and outer.open else _Closed()
+        for (_, layer), outer in zip(self._layers, self._outer, strict=True):
+            layer.scope = outer if isinstance(outer, _Handle) else _Closed(self.context)
 
     @property
     def infos(self) -> dict[Key, MoEInfo]:
@@ -75,21 +76,26 @@ class routing_scope:  # noqa: N801  (used like a function: `with routing_scope(m
 
 
 class _Handle:
-    """A scope's end at one layer: a plain object, which a compiled graph may read and write."""
+    """An open scope's end at one layer: a plain object, which a compiled graph may read and write."""
 
-    def __init__(self, context: RoutingContext | None) -> None:
-        self.context = context
-        self.open = True
+    def __init__(self, context: RoutingContext | None, outer: Any) -> None:
+        self.outer = outer if isinstance(outer, _Handle) else None
+        self.context = self.outer.context if context is None and self.outer is not None else context
         self.calls: list[MoEInfo] = []
+
+    def wants_info(self) -> bool:
+        return True
 
     def context_for_call(self) -> RoutingContext | None:
         return self.context
 
     def record(self, info: MoEInfo) -> None:
-        if _recomputing():
+        if recomputing():
             self._refuse_reentrant(info)
-        else:
-            self.calls.append(info)
+            return
+        self.calls.append(info)
+        if self.outer is not None:
+            self.outer.record(info)
 
     def _refuse_reentrant(self, info: MoEInfo) -> None:
         had_gradient = any(loss.requires_grad for call in self.calls for loss in call.losses.values())
@@ -101,23 +107,29 @@ class _Handle:
 
 
 class _Closed:
-    """What a scope leaves behind: it makes a recomputation that comes too late an error."""
+    """What a scope leaves behind for a recomputation that comes after its end.
 
-    open = False
+    It must compute what the scope computed. With a context it would have to be the right one of several
+    scopes before it; nobody can know, so that is an error. A later call outside of any scope ends its part.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, context: RoutingContext | None) -> None:
+        self.had_context = context is not None
         self.expired = False
 
+    def wants_info(self) -> bool:
+        return not self.expired and recomputing()
+
     def context_for_call(self) -> None:
-        if not _recomputing():
+        if not recomputing():
             self.expired = True
-        elif not self.expired:
+        elif self.had_context and not self.expired:
             raise InputError(
                 "backward recomputes a layer whose routing_scope has ended; call backward() inside the `with`"
             )
 
     def record(self, info: MoEInfo) -> None:
-        """Nothing: the scope has ended."""
+        """Nothing: the scope has its record."""
 
 
 class _Losses(Mapping[str, Tensor]):
@@ -137,8 +149,3 @@ class _Losses(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._terms)
-
-
-def _recomputing() -> bool:
-    """Whether this forward runs inside a backward, as activation checkpointing makes it."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

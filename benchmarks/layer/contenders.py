@@ -82,9 +82,9 @@ def sort_loop(problem: Problem) -> Step:
         order, unit, counts = _sorted(problem)
         rows = problem.x_TD.index_select(0, unit)
         outputs = []
-        for expert, part in enumerate(rows.split(counts.tolist())):
-            hidden = _hidden(problem, part @ problem.w1[expert].flatten(0, -2).t())
-            outputs.append(hidden @ problem.w2[expert].t())
+        parts = rows.split(counts.tolist()), problem.w1.flatten(1, -2).unbind(), problem.w2.unbind()
+        for part, w1, w2 in zip(*parts, strict=True):
+            outputs.append(_hidden(problem, part @ w1.t()) @ w2.t())
         weight = problem.weight_TK.reshape(-1)[order, None]
         weighted = (torch.cat(outputs) * weight).to(problem.dtype)
         return torch.zeros_like(problem.x_TD).index_add(0, unit, weighted)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexpert.core.config import require_number
 from flexpert.core.errors import ConfigError, InputError
 from flexpert.core.stats import RoutingStats
 
@@ -26,13 +27,12 @@ class BiasBalancer:
     """
 
     def __init__(self, model: nn.Module, *, rate: float = 0.001, rule: str = "sign") -> None:
-        if not rate > 0:
-            raise ConfigError(f"rate={rate!r}: expected a number > 0")
+        require_number("rate", rate, above=0)
         if rule not in ("sign", "proportional"):
             raise ConfigError(f"rule={rule!r}: expected 'sign' or 'proportional'")
         self.rate, self.rule = rate, rule
         self._routers = {
-            name.removesuffix(".router").removesuffix("router"): module
+            _layer_of(name): module
             for name, module in model.named_modules()
             if isinstance(getattr(module, "selection_bias", None), Tensor)
         }
@@ -66,3 +66,8 @@ class BiasBalancer:
             bias: Any = self._routers[layer].selection_bias
             bias.add_(self.rate * move_E)
         self._load.clear()
+
+
+def _layer_of(router: str) -> str:
+    """The name of the layer that has the router of this name."""
+    return "" if router == "router" else router.removesuffix(".router")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import flexpert
 from flexpert.core.errors import FlexpertError
@@ -40,6 +42,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _announcements() -> Iterator[None]:
+    """Show what the library logs (a download that takes a while, for example) on standard error."""
+    logger, handler = logging.getLogger("flexpert"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -48,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     try:
-        result = options.module.run(options)
+        with _announcements():
+            result = options.module.run(options)
     except FlexpertError as error:
         print(f"flexpert {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from .errors import ConfigError
+from .errors import ConfigError, FlexpertError
 from .registry import Spec, check_options, split_spec
 
 if TYPE_CHECKING:
@@ -78,18 +78,16 @@ class MoEConfig:
     losses: Sequence[Spec] = ("balance",)
 
     def __post_init__(self) -> None:
-        for name in ("model_dim", "hidden_dim", "num_experts", "top_k"):
-            _require_int(name, getattr(self, name), least=1)
-        _require_int("num_shared_experts", self.num_shared_experts, least=0)
+        for name in ("model_dim", "hidden_dim", "num_experts"):
+            require_int(name, getattr(self, name), least=1)
+        require_int("num_shared_experts", self.num_shared_experts, least=0)
         if self.output_dim is not None:
-            _require_int("output_dim", self.output_dim, least=1)
-        if self.top_k > self.num_experts:
-            raise ConfigError(
-                f"top_k={self.top_k} exceeds num_experts={self.num_experts}; choose top_k <= num_experts"
-            )
+            require_int("output_dim", self.output_dim, least=1)
+        for name in ("batch_prioritized", "shared_gate"):
+            require_bool(name, getattr(self, name))
+        check_top_k(self.top_k, self.num_experts)
         check_renormalize(self.renormalize)
-        if self.expert_bias not in (False, True, "b1", "b2"):
-            raise ConfigError(f"expert_bias={self.expert_bias!r}: expected False, True, 'b1' or 'b2'")
+        check_bias("expert_bias", self.expert_bias)
         check_capacity_factor(self.capacity_factor)
         if self.shared_gate and not self.num_shared_experts:
             raise ConfigError(
@@ -97,10 +95,12 @@ class MoEConfig:
             )
         split_spec(self.router, "router")
         split_spec(self.combine, "combine")
-        if isinstance(self.losses, str):
-            raise ConfigError(f"losses={self.losses!r}: expected a list of names, such as ['{self.losses}']")
-        object.__setattr__(self, "losses", tuple(_plain(loss) for loss in self.losses))
-        for name in ("router", "expert", "combine"):
+        _check_specs("losses", self.losses)
+        if isinstance(self.expert, (str, Mapping)):
+            split_spec(self.expert, "expert")
+        else:
+            _check_specs("expert", self.expert)
+        for name in ("router", "expert", "combine", "losses"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,19 +138,24 @@ class MoEConfig:
         return self._on_meta().flops_per_token()
 
     def _on_meta(self) -> _Layer:
-        with torch.device("meta"):
+        # The global generator is put back: asking for a size must not change the weights of what follows.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return cast("_Layer", self.build())
 
 
-def check_capacity_factor(value: float | None) -> None:
-    """Raise `ConfigError` unless the value is None or a finite number."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(
+def check_capacity_factor(value: Any, error: type[FlexpertError] = ConfigError) -> None:
+    """Raise the error unless the value is None or a finite number."""
+    if value is not None and not _is_number(value):
+        raise error(
             f"capacity_factor={value!r}: expected None (dropless), a number > 0 (fixed), 0 (adaptive) or "
             f"< 0 (adaptive, at most its absolute value)"
         )
+
+
+def check_top_k(value: Any, num_experts: int, error: type[FlexpertError] = ConfigError) -> None:
+    """Raise the error unless the value is an integer in 1..num_experts."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= num_experts:
+        raise error(f"top_k={value!r}: expected an integer, 1 <= top_k <= num_experts={num_experts}")
 
 
 def check_renormalize(value: bool | str) -> None:
@@ -159,9 +164,44 @@ def check_renormalize(value: bool | str) -> None:
         raise ConfigError(f"renormalize={value!r}: expected False, True (not for top_k = 1) or 'always'")
 
 
-def _require_int(name: str, value: Any, least: int) -> None:
+def check_bias(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless the value is one of those `MoEConfig.expert_bias` allows."""
+    if value not in (False, True, "b1", "b2"):
+        raise ConfigError(f"{name}={value!r}: expected False, True, 'b1' or 'b2'")
+
+
+def require_int(name: str, value: Any, least: int) -> None:
+    """Raise `ConfigError` unless the value is an integer, not a bool, of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name}={value!r}: expected an integer >= {least}")
+
+
+def require_bool(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: expected True or False")
+
+
+def require_number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> None:
+    """Raise `ConfigError` unless the value is a finite number, >= `least` and > `above` where given."""
+    if (
+        not _is_number(value)
+        or (least is not None and value < least)
+        or (above is not None and value <= above)
+    ):
+        bound = f" >= {least}" if least is not None else f" > {above}" if above is not None else ""
+        raise ConfigError(f"{name}={value!r}: expected a finite number{bound}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_specs(name: str, value: Any) -> None:
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
+        raise ConfigError(f"{name}={value!r}: expected a list of names or of dicts with the key 'name'")
+    for spec in value:
+        split_spec(spec, name)
 
 
 def _plain(value: Any, *, as_list: bool = False) -> Any:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .errors import InputError
-from .unset import UNSET, UnsetType
+from .unset import UNSET, UnsetType, pick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class RoutingContext:
         top_k: experts per token for this call.
         capacity_factor: as in `MoEConfig`, for this call; None means dropless.
         expert_mask: bool (E,) or (T, E), True for an expert that may be chosen.
-        ranks: positions in each token's ranking to select instead of 0..top_k-1 (0 is the best).
+        ranks: positions in each token's ranking to select instead of 0..top_k-1 (0 is the best); top_k is then
+            their number.
         num_groups: token groups that share nothing: capacity and priority apply within each. One process
             with `num_groups=W` reproduces W ranks.
         sequence_length: tokens in a sequence, for losses of that scope and soft routing; the layer fills
@@ -54,34 +56,65 @@ class RoutingContext:
     sequence_length: int | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def for_tokens(self, num_tokens: int, sequence_length: int | None) -> RoutingContext:
+    def with_overrides(
+        self, top_k: int | UnsetType = UNSET, capacity_factor: float | None | UnsetType = UNSET
+    ) -> RoutingContext:
+        """This context with those of the values that are given in place of its own."""
+        if top_k is UNSET and capacity_factor is UNSET:
+            return self
+        return dataclasses.replace(
+            self, top_k=pick(top_k, self.top_k), capacity_factor=pick(capacity_factor, self.capacity_factor)
+        )
+
+    def for_tokens(self, leading: Sequence[int]) -> RoutingContext:
         """This context with its per-token tensors flattened to (T,), checked against the input.
 
+        Args:
+            leading: the input's shape without its last dimension.
+
         Raises:
-            InputError: a tensor of another number of tokens, a mask that is not bool, a number of groups
-                that does not divide the tokens.
+            InputError: a tensor of another shape or dtype, a number of groups that does not divide the
+                tokens.
         """
-        if self.num_groups < 1 or num_tokens % self.num_groups:
+        tokens = math.prod(leading)
+        if self.num_groups < 1 or tokens % self.num_groups:
             raise InputError(
-                f"num_groups={self.num_groups} must be at least 1 and divide the call's {num_tokens} tokens"
+                f"num_groups={self.num_groups} must be at least 1 and divide the call's {tokens} tokens"
             )
         flat = {
-            name: _flatten(name, tensor, num_tokens)
+            name: _flatten(name, tensor, leading)
             for name in ("mask", "token_ids", "modality_ids")
             if (tensor := getattr(self, name)) is not None
         }
-        if self.mask is not None and self.mask.dtype is not torch.bool:
-            raise InputError(
-                f"mask has dtype {self.mask.dtype}; expected torch.bool with True for a real token"
-            )
-        length = self.sequence_length if self.sequence_length is not None else sequence_length
+        if self.expert_mask is not None:
+            _check_bool("expert_mask", self.expert_mask, "an expert that may be chosen")
+            if tuple(self.expert_mask.shape[:-1]) == tuple(leading):
+                flat["expert_mask"] = self.expert_mask.reshape(tokens, self.expert_mask.shape[-1])
+        if self.mask is not None:
+            _check_bool("mask", self.mask, "a real token")
+        length = self.sequence_length
+        if length is not None and length < 1:
+            raise InputError(f"sequence_length={length}: expected at least 1")
+        if length is None and len(leading) > 1:
+            length = leading[-1]
         return dataclasses.replace(self, sequence_length=length, **flat)  # type: ignore[arg-type]
 
+    def hide_padding(self, x_TD: Tensor) -> Tensor:
+        """The tokens with 0 for padding, so that nothing it holds, NaN included, reaches a real token."""
+        return x_TD if self.mask is None else x_TD.masked_fill(~self.mask[:, None], 0.0)
 
-def _flatten(name: str, tensor: Tensor, num_tokens: int) -> Tensor:
-    if tensor.numel() != num_tokens:
+
+def _flatten(name: str, tensor: Tensor, leading: Sequence[int]) -> Tensor:
+    if tuple(tensor.shape) not in (tuple(leading), (math.prod(leading),)):
         raise InputError(
-            f"{name} has shape {tuple(tensor.shape)}, {tensor.numel()} values, "
-            f"but the layer got {num_tokens} tokens; give one value per token"
+            f"{name} has shape {tuple(tensor.shape)}, but the layer's tokens have {tuple(leading)}; "
+            f"give one value per token"
         )
+    if name.endswith("_ids") and (tensor.is_floating_point() or tensor.dtype is torch.bool):
+        raise InputError(f"{name} has dtype {tensor.dtype}; expected torch.int64")
     return tensor.reshape(-1)
+
+
+def _check_bool(name: str, tensor: Tensor, meaning: str) -> None:
+    if tensor.dtype is not torch.bool:
+        raise InputError(f"{name} has dtype {tensor.dtype}; expected torch.bool with True for {meaning}")

@@ -51,6 +51,6 @@ def fill_per_expert(
         return
     for expert, target in enumerate(w_E):
         generator = torch.Generator().manual_seed(derive_seed(base, expert, name))
-        whole = torch.empty(target.shape, dtype=torch.float32)
+        whole = torch.empty(target.shape, dtype=torch.float32, device="cpu")
         draw(whole, generator)
         target.copy_(whole)

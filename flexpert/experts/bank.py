@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flexpert import ops
+from flexpert.core.config import require_int
 from flexpert.core.routing import Routing
 
 
@@ -58,6 +59,12 @@ class ExpertBank(nn.Module):
 
     def __init__(self, *, num_experts: int, model_dim: int, output_dim: int) -> None:
         super().__init__()
+        for name, value in (
+            ("num_experts", num_experts),
+            ("model_dim", model_dim),
+            ("output_dim", output_dim),
+        ):
+            require_int(name, value, least=1)
         self.num_experts, self.model_dim, self.output_dim = num_experts, model_dim, output_dim
 
     def forward(self, batch: ExpertBatch) -> Tensor:

@@ -31,13 +31,13 @@ class MixedExperts(ExpertBank):
         (model_dim, output_dim) = shapes.pop()
         total = sum(g.num_experts for g in groups.values())
         super().__init__(num_experts=total, model_dim=model_dim, output_dim=output_dim)
-        self.group_names = tuple(groups)
+        self.starts: dict[str, int] = {}  # first slot of each group
         start = 0
         for name, group in groups.items():
+            if not name.isidentifier() or hasattr(self, name):
+                raise ConfigError(f"expert group {name!r}: its label names a submodule; choose another")
             self.add_module(name, group)
-            slot_E = torch.arange(total) - start
-            slot_E = slot_E.where((slot_E >= 0) & (slot_E < group.num_experts), -1)
-            self.register_buffer(f"{name}_slots", slot_E, persistent=False)
+            self.starts[name] = start
             start += group.num_experts
         members = list(groups.values())
         self.remote = any(g.remote for g in members)
@@ -53,7 +53,7 @@ class MixedExperts(ExpertBank):
                     rows_ND=batch.rows_ND,
                     counts_E=batch.counts_E,
                     unit_N=batch.unit_N,
-                    slot_E=self._slots(name, batch.slot_E),
+                    slot_E=self._slots(name, batch.counts_E, batch.slot_E),
                     payload=batch.payload,
                 )
             )
@@ -63,7 +63,10 @@ class MixedExperts(ExpertBank):
 
     def fused(self, x_TD: Tensor, routing: Routing, slot_E: Tensor | None = None) -> Tensor:
         """See `ExpertBank.fused`."""
-        results = [group.fused(x_TD, routing, self._slots(name, slot_E)) for name, group in self._members()]
+        counts_E = routing.counts_E
+        results = [
+            group.fused(x_TD, routing, self._slots(name, counts_E, slot_E)) for name, group in self._members()
+        ]
         return sum(results[1:], results[0])
 
     def params_of_experts(self) -> list[int]:
@@ -75,10 +78,11 @@ class MixedExperts(ExpertBank):
         return [count for _, group in self._members() for count in group.flops_of_experts()]
 
     def _members(self) -> list[tuple[str, ExpertBank]]:
-        return [(name, self.get_submodule(name)) for name in self.group_names]  # type: ignore[misc]
+        return [(name, self.get_submodule(name)) for name in self.starts]  # type: ignore[misc]
 
-    def _slots(self, name: str, slot_E: Tensor | None) -> Tensor:
-        own_E: Tensor = getattr(self, f"{name}_slots")
+    def _slots(self, name: str, counts_E: Tensor, slot_E: Tensor | None) -> Tensor:
+        """The place of each logical expert in the group; -1 for those of other groups and banks."""
         if slot_E is None:
-            return own_E
-        return own_E[slot_E.clamp(min=0)].where(slot_E >= 0, -1)
+            slot_E = torch.arange(counts_E.shape[0], device=counts_E.device)
+        start, count = self.starts[name], self.get_submodule(name).num_experts
+        return (slot_E - start).where((slot_E >= start) & (slot_E < start + count), -1)

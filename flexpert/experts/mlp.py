@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flexpert import ops
-from flexpert.core.errors import ConfigError
+from flexpert.core.config import check_bias, require_int, require_number
 from flexpert.core.registry import EXPERTS
 from flexpert.core.routing import Routing
 from flexpert.core.seeding import draw_base, draw_trunc_normal, draw_uniform, fill_per_expert
@@ -48,10 +48,13 @@ class MLPExperts(ExpertBank):
         bias: bool | str = False,
         init_std: float | None = None,
     ) -> None:
-        super().__init__(num_experts=num_experts, model_dim=model_dim, output_dim=output_dim or model_dim)
+        output_dim = model_dim if output_dim is None else output_dim
+        super().__init__(num_experts=num_experts, model_dim=model_dim, output_dim=output_dim)
+        require_int("hidden_dim", hidden_dim, least=1)
         get_activation(activation)  # an unknown name is refused here
-        if init_std is not None and not init_std > 0:
-            raise ConfigError(f"init_std={init_std!r}: expected None or a number > 0")
+        check_bias("bias", bias)
+        if init_std is not None:
+            require_number("init_std", init_std, above=0)
         self.hidden_dim, self.activation, self.init_std = hidden_dim, activation, init_std
         hidden = (2, hidden_dim) if self.gated else (hidden_dim,)
         self.w1 = nn.Parameter(torch.empty(num_experts, *hidden, model_dim))

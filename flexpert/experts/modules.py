@@ -35,7 +35,8 @@ class ModuleExperts(ExpertBank):
         modules = nn.ModuleList(experts)
         if not modules:
             raise ConfigError("experts is empty: give at least one module")
-        super().__init__(num_experts=len(modules), model_dim=model_dim, output_dim=output_dim or model_dim)
+        output_dim = model_dim if output_dim is None else output_dim
+        super().__init__(num_experts=len(modules), model_dim=model_dim, output_dim=output_dim)
         self.experts = modules
         self.row_independent = row_independent
 

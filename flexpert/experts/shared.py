@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexpert.core.config import require_int
 from flexpert.ops.activations import get_activation
 
 from .bank import autocast_dtype
@@ -28,6 +29,8 @@ class SharedExpert(nn.Module):
         self, *, count: int, gated: bool, gate: bool, model_dim: int, hidden_dim: int, **options: Any
     ) -> None:
         super().__init__()
+        require_int("count", count, least=1)
+        require_int("hidden_dim", hidden_dim, least=1)
         kind = GLUExperts if gated else MLPExperts
         self.expert = kind(num_experts=1, model_dim=model_dim, hidden_dim=count * hidden_dim, **options)
         self.gate = nn.Linear(model_dim, 1, bias=False) if gate else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from flexpert.core.context import RoutingContext
@@ -11,6 +13,12 @@ from flexpert.core.routing import AnyRouting
 SCOPES = ("micro_batch", "sequence")
 
 
+def check_scope(scope: Any) -> None:
+    """Raise `ConfigError` unless it is a scope that losses know."""
+    if scope not in SCOPES:
+        raise ConfigError(f"scope={scope!r}: expected one of {', '.join(SCOPES)}")
+
+
 def num_sequences(scope: str, context: RoutingContext, tokens: int) -> int:
     """Parts that a loss of this scope is computed on before averaging: 1, or the number of sequences.
 
@@ -18,8 +26,7 @@ def num_sequences(scope: str, context: RoutingContext, tokens: int) -> int:
         ConfigError: an unknown scope.
         InputError: scope "sequence" on an input without sequences.
     """
-    if scope not in SCOPES:
-        raise ConfigError(f"scope={scope!r}: expected one of {', '.join(SCOPES)}")
+    check_scope(scope)
     if scope == "micro_batch" or tokens == 0:
         return 1
     length = context.sequence_length

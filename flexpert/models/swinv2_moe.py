@@ -1,21 +1,19 @@
 """SwinV2-MoE for image classification, on the Swin Transformer V2 of `transformers`.
 
-See `SwinV2MoEConfig` for the paper, and `SwinV2MoEModel` for what differs from the published code.
+The paper is named at `SwinV2MoEConfig`; what differs from the published code, at `SwinV2MoEModel`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-from transformers import initialization as init
 from transformers.models.swinv2.modeling_swinv2 import (
     Swinv2ForImageClassification,
     Swinv2ImageClassifierOutput,
@@ -23,11 +21,200 @@ from transformers.models.swinv2.modeling_swinv2 import (
 )
 
 from flexpert.core.config import MoEConfig
-from flexpert.experts import MLPExperts
+from flexpert.core.errors import CheckpointError
 from flexpert.layer import MoE
-from flexpert.routers import CosineRouter, LinearRouter
+from flexpert.routers import LinearRouter
 
-from . import experts as _experts  # registers "mlp_dropout"
 from .model_card import model_card
 from .swinv2_moe_config import SwinV2MoEConfig, preset
 from .weight_decay import no_weight_decay, parameter_groups
+
+__all__ = [
+    "SwinV2MoEConfig",
+    "SwinV2MoEForImageClassification",
+    "SwinV2MoEModel",
+    "SwinV2MoEOutput",
+    "no_weight_decay",
+    "parameter_groups",
+    "preset",
+]
+
+
+@dataclass
+class SwinV2MoEOutput(Swinv2ImageClassifierOutput):
+    """The usual output of a classifier, and `aux_loss`.
+
+    Attributes:
+        aux_loss: the balance loss of all MoE layers, weighted: what `loss` has besides the cross entropy.
+            None for the dense twin, and in evaluation without labels.
+    """
+
+    aux_loss: Tensor | None = None
+
+
+class _LossCollector:
+    """Where the layers of a model leave their losses while its forward runs."""
+
+    def __init__(self) -> None:
+        self.calls: list[Mapping[str, Tensor]] | None = None
+
+
+class _MoEInSwin(MoE):
+    """A MoE layer that also hands its losses to the model around it.
+
+    In training they are part of every call, so that activation checkpointing recomputes what it has seen.
+    """
+
+    def __init__(self, config: MoEConfig, collector: _LossCollector) -> None:
+        super().__init__(config)
+        self.collector = collector
+
+    def forward(self, x: Tensor, *, return_info: bool = False, **call: Any) -> Any:
+        calls = self.collector.calls
+        if not self.training and calls is None:
+            return super().forward(x, return_info=return_info, **call)
+        y, info = super().forward(x, return_info=True, **call)
+        if calls is not None:
+            calls.append(info.losses)
+        return (y, info) if return_info else y
+
+
+class SwinV2MoEModel(Swinv2Model):
+    """Swin Transformer V2 with MoE layers in place of the MLPs that `SwinV2MoEConfig` names.
+
+    Differences from the published code, which stands on an earlier form of the network: attention by cosine and
+    normalisation after each part, as SwinV2 has them (there: scaled dot products, normalisation before).
+    """
+
+    config_class = SwinV2MoEConfig
+
+    def __init__(self, config: SwinV2MoEConfig, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.collector = _LossCollector()
+        stages = self.encoder.layers
+        if not config.mlp_fc2_bias:
+            for block in (block for stage in stages for block in stage.blocks):
+                block.output.dense.register_parameter("bias", None)
+        for stage, place in config.moe_places():
+            block = stages[stage].blocks[place]
+            block.intermediate = moe = _MoEInSwin(config.moe_layer(stage), self.collector)
+            if isinstance(moe.router, LinearRouter):
+                nn.init.normal_(moe.router.weight, std=config.moe_init_std)
+            block.output = nn.Identity()
+        self.post_init()
+
+
+class SwinV2MoEForImageClassification(Swinv2ForImageClassification):
+    """`SwinV2MoEModel`, the mean over the last stage's tokens, and a linear classifier.
+
+    Use it as any model of `transformers`: `save_pretrained`, `from_pretrained` and the Auto classes work.
+    Routing is changed for a call, without anything left behind, by a `flexpert.routing_scope` around it:
+    `with routing_scope(model, context=RoutingContext(top_k=2, capacity_factor=0.5)): model(images)`.
+    """
+
+    config_class = SwinV2MoEConfig
+
+    def __init__(self, config: SwinV2MoEConfig) -> None:
+        super(Swinv2ForImageClassification, self).__init__(config)  # its own would build a dense backbone
+        self.num_labels = config.num_labels
+        self.swinv2 = SwinV2MoEModel(config)
+        width = self.swinv2.num_features
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels else nn.Identity()
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> SwinV2MoEOutput | tuple[Any, ...]:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, num_channels, height, width), floating point.
+            labels: int64 (B,); without them there is no loss.
+            return_dict: False for a tuple.
+            options: see `transformers.Swinv2ForImageClassification`.
+
+        Returns:
+            Logits (B, num_labels), and with labels the loss: cross entropy plus `aux_loss`. Whoever computes
+            another loss from the logits adds `aux_loss` to it. A surrounding `routing_scope` sees the same
+            terms, unweighted; `weighted_balance_loss(scope.losses)` is then the same number.
+        """
+        collector = self.swinv2.collector
+        collector.calls = calls = [] if self.training or labels is not None else None
+        try:
+            base = super().forward(pixel_values=pixel_values, labels=labels, return_dict=True, **options)
+        finally:
+            collector.calls = None
+        output = SwinV2MoEOutput(**base)
+        if calls:
+            name = self.config.balance_loss
+            terms = {name: torch.stack([losses[name] for losses in calls])}
+            output.aux_loss = self.weighted_balance_loss(terms)
+            if labels is not None:
+                output.loss = output.loss + output.aux_loss
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def weighted_balance_loss(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The balance loss as it enters the loss.
+
+        Args:
+            losses: loss terms by name, each 1-D over the MoE layers, such as `routing_scope(...).losses`.
+        """
+        values = losses[self.config.balance_loss]
+        total = values.sum() if self.config.balance_reduction == "sum" else values.mean()
+        return self.config.balance_weight * total
+
+    def num_active_parameters(self) -> int:
+        """Parameters that a token meets: all but those of the experts it is not given to."""
+        layers = [module for module in self.modules() if isinstance(module, MoE)]
+        idle = sum(sum(p.numel() for p in layer.parameters()) - layer.num_active_params() for layer in layers)
+        return self.num_parameters() - idle
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write safetensors, config.json and, where there is none yet, a model card README.md.
+
+        Args:
+            save_directory: made if need be.
+            args, kwargs: see `transformers.PreTrainedModel.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if kwargs.get("is_main_process", True) and not card.exists():
+            card.write_text(model_card(self), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a model; see `transformers.PreTrainedModel.from_pretrained`.
+
+        Raises:
+            CheckpointError: the file is damaged, or lacks weights, or has weights of other shapes or for
+                other layers. With `ignore_mismatched_sizes=True` the classifier may differ, for fine-tuning;
+                it is then drawn anew.
+        """
+        path = pretrained_model_name_or_path
+        with_info = kwargs.pop("output_loading_info", False)
+        lenient = kwargs.get("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not hold the weights of its config: {error}") from error
+        for kind in ("missing", "unexpected", "mismatched"):
+            names = [key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"]]
+            names = sorted(name for name in names if not (lenient and name.startswith("classifier.")))
+            if names:
+                raise CheckpointError(
+                    f"{path} does not hold the weights of its config: {len(names)} {kind}, such as "
+                    f"{names[0]}; take config.json and weights from the same model"
+                )
+        return (model, info) if with_info else model
+
+
+AutoConfig.register(SwinV2MoEConfig.model_type, SwinV2MoEConfig)
+AutoModel.register(SwinV2MoEConfig, SwinV2MoEModel)
+AutoModelForImageClassification.register(SwinV2MoEConfig, SwinV2MoEForImageClassification)

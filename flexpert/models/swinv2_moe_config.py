@@ -1,8 +1,8 @@
 """The configuration of SwinV2-MoE and its presets.
 
-SwinV2-MoE (Hwang et al., "Tutel: Adaptive Mixture-of-Experts at Scale", arXiv 2206.03382, section 5.3): a Swin
-Transformer V2 (Liu et al., arXiv 2111.09883) in which a mixture of experts replaces the MLP of every second block
-of the last two stages.
+SwinV2-MoE (Hwang et al., "Tutel: Adaptive Mixture-of-Experts at Scale", arXiv 2206.03382, section 5.3): a
+Swin Transformer V2 (Liu et al., arXiv 2111.09883) in which a mixture of experts replaces the MLP of every
+second block of the last two stages.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from transformers import Swinv2Config
 from flexpert.core.config import MoEConfig
 from flexpert.core.errors import ConfigError
 from flexpert.core.registry import check_options, keyword_names, split_spec, suggest
+
+from . import dropout_experts  # noqa: F401  (registers "mlp_dropout")
 
 
 @strict
@@ -33,10 +35,11 @@ class SwinV2MoEConfig(Swinv2Config):
         balance_weight: its weight in the loss, after `balance_reduction`.
         balance_reduction: "mean" or "sum" over the MoE layers. The published code sums.
         moe_dropout: dropout between the two matrices of an expert.
-        mlp_fc2_bias: the second matrix of every MLP, an expert's and a dense one's, has a bias. Published: no.
-        expert_init_std: of the experts' weights; biases start at 0.
-        moe_blocks: for each stage, the blocks that get experts, counted from 0; None for the odd blocks of the
-            last two stages.
+        mlp_fc2_bias: the second matrix of every MLP, dense or an expert, has a bias. Published: no.
+        moe_init_std: of the weights of experts and linear routers; biases start at 0. Published: 0.005 for
+            these and, in MoE models, for the dense matrices too (here: `initializer_range`).
+        moe_blocks: for each stage, the blocks that get experts, counted from 0; None for the odd blocks of
+            the last two stages.
     """
 
     model_type = "swinv2_moe"
@@ -52,7 +55,7 @@ class SwinV2MoEConfig(Swinv2Config):
     balance_reduction: str = "mean"
     moe_dropout: float | int = 0.1
     mlp_fc2_bias: bool = False
-    expert_init_std: float = 0.005
+    moe_init_std: float = 0.005
     moe_blocks: list[list[int]] | tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -60,9 +63,9 @@ class SwinV2MoEConfig(Swinv2Config):
         if self.balance_reduction not in ("mean", "sum"):
             raise ConfigError(f"balance_reduction={self.balance_reduction!r}: expected 'mean' or 'sum'")
         if len(self.depths) != len(self.num_heads):
-            raise ConfigError(f"depths={self.depths} and num_heads={self.num_heads} must name the same stages")
+            raise ConfigError(f"depths={self.depths} and num_heads={self.num_heads} differ in length")
         for stage, _ in self.moe_places():
-            self.moe_layer(stage)  # a setting that no layer can have is refused here, not at build
+            self._check(self.moe_layer(stage))  # here, not when the first batch comes
 
     def moe_places(self) -> list[tuple[int, int]]:
         """(stage, block) of every MoE layer, in the order of the network; none for the dense twin.
@@ -77,8 +80,10 @@ class SwinV2MoEConfig(Swinv2Config):
             last_two = range(max(len(depths) - 2, 0), len(depths))
             return [(stage, block) for stage in last_two for block in range(1, depths[stage], 2)]
         if len(self.moe_blocks) != len(depths):
-            raise ConfigError(f"moe_blocks={self.moe_blocks} must have one list for each of the {len(depths)} stages")
-        places = [(stage, block) for stage, blocks in enumerate(self.moe_blocks) for block in sorted(set(blocks))]
+            raise ConfigError(
+                f"moe_blocks={self.moe_blocks}: expected a list for each of {len(depths)} stages"
+            )
+        places = [(stage, block) for stage, blocks in enumerate(self.moe_blocks) for block in sorted(blocks)]
         for stage, block in places:
             if not 0 <= block < depths[stage]:
                 raise ConfigError(f"moe_blocks: stage {stage} has blocks 0..{depths[stage] - 1}, not {block}")
@@ -91,14 +96,18 @@ class SwinV2MoEConfig(Swinv2Config):
             ConfigError: a setting that no layer can have.
         """
         dim = int(self.embed_dim * 2**stage)
-        expert: dict[str, Any] = {"name": "mlp", "init_std": self.expert_init_std}
+        expert: dict[str, Any] = {"name": "mlp", "init_std": self.moe_init_std}
+        if self.moe_dropout:
+            expert |= {"name": "mlp_dropout", "dropout": self.moe_dropout}
         name, options = split_spec(self.router, "router")
+        if self.gate_noise:
+            options = {"gate_noise": self.gate_noise, **options}
         return MoEConfig(
             model_dim=dim,
             hidden_dim=int(self.mlp_ratio * dim),
             num_experts=self.num_experts or 0,
             top_k=self.top_k,
-            router={"name": name, "gate_noise": self.gate_noise, **options},
+            router={"name": name, **options},
             expert=expert,
             activation=self.hidden_act,
             expert_bias=True if self.mlp_fc2_bias else "b1",
@@ -106,3 +115,60 @@ class SwinV2MoEConfig(Swinv2Config):
             batch_prioritized=self.batch_prioritized,
             losses=(self.balance_loss,),
         )
+
+    def _check(self, layer: MoEConfig) -> None:
+        _, options = split_spec(layer.router, "router")
+        noisy = options.get("gate_noise") or options.get("learned_noise")
+        if self.balance_loss == "importance_load" and not noisy:
+            raise ConfigError(
+                "balance_loss='importance_load' is defined by the gate noise: set gate_noise > 0, or "
+                "balance_loss='balance'"
+            )
+
+
+_PUBLISHED: dict[str, Any] = {
+    "image_size": 192,
+    "window_size": 12,
+    "depths": (2, 2, 18, 2),
+    "num_labels": 21841,
+    "balance_reduction": "sum",
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "image_size": 32,
+        "patch_size": 4,
+        "num_channels": 1,
+        "window_size": 4,
+        "embed_dim": 64,
+        "depths": (1, 4, 2),
+        "num_heads": (2, 4, 8),
+        "pretrained_window_sizes": (0, 0, 0),
+        "drop_path_rate": 0.0,
+        "num_labels": 10,
+        "num_experts": 8,
+        "moe_dropout": 0.0,
+    },
+    "small": {**_PUBLISHED, "embed_dim": 96, "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2},
+    "base": {**_PUBLISHED, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.3},
+}
+
+
+def preset(name: str, **overrides: Any) -> SwinV2MoEConfig:
+    """A configuration by name.
+
+    Args:
+        name: "tiny": 32x32 images, trains on a laptop's CPU; "small", "base": the shapes of the paper
+            (192x192 images, 21,841 classes, 32 experts).
+        overrides: settings of `SwinV2MoEConfig` in place of the preset's, such as `num_experts=0`.
+
+    Raises:
+        ConfigError: an unknown name or setting (the valid ones are listed), or a bad value.
+    """
+    if name not in _PRESETS:
+        raise ConfigError(f"unknown preset {name!r}: {suggest(name, _PRESETS)}")
+    names = [key for key in keyword_names(SwinV2MoEConfig) if not key.startswith("_")]
+    check_options(f"preset {name!r}", overrides, [*names, "num_labels", "id2label", "label2id"])
+    try:
+        return SwinV2MoEConfig(**{**_PRESETS[name], **overrides})
+    except StrictDataclassError as error:
+        raise ConfigError(f"preset {name!r}: {' '.join(str(error).split())}") from None

@@ -6,8 +6,41 @@ from typing import Any
 
 from torch import nn
 
-# Parts of names. Published: cpb_mlp, the position tables, fc1_bias, fc2_bias, temperature, cosine_projector and
-# sim_matrix (these four belong to the router), and logit_scale of SwinV2 itself.
-_POSITION = ("continuous_position_bias_mlp.", "position_embeddings", "logit_scale")
-_EXPERT_BIASES = (".experts.b1", ".experts.b2")
-_COSINE_ROUTER = (".router.projector.", ".router.log_scale")
+from flexpert.experts import MLPExperts
+from flexpert.routers import CosineRouter
+
+# Parts of names: the network that makes position biases ("cpb_mlp" as published), tables of positions, and
+# the learned temperature of SwinV2's attention.
+_KEYWORDS = ("continuous_position_bias_mlp.", "position_embeddings", "logit_scale")
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that no optimiser should decay, as in the published code.
+
+    They are: vectors and scalars (biases, norms); position biases and tables; temperatures; the experts'
+    biases, which are matrices (E, F) and (E, D) here; all of a cosine router (projector, expert embeddings,
+    temperature).
+    """
+    names = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
+    names |= {name for name, _ in model.named_parameters() if any(word in name for word in _KEYWORDS)}
+    for prefix, module in model.named_modules():
+        if isinstance(module, CosineRouter):
+            names |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
+        elif isinstance(module, MLPExperts):
+            names |= {f"{prefix}.{name}" for name, _ in module.named_parameters() if name in ("b1", "b2")}
+    return names
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW, with and without decay, that hold every trainable parameter once.
+
+    Args:
+        model: a SwinV2-MoE or its dense twin.
+        weight_decay: of the first group; the second has 0. Published: 0.1.
+    """
+    exempt = no_weight_decay(model)
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (others if name in exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from flexpert.core.config import require_int
 from flexpert.core.context import RoutingContext
 from flexpert.core.routing import AnyRouting
 
@@ -27,6 +28,8 @@ class Router(nn.Module):
 
     def __init__(self, *, model_dim: int, num_experts: int) -> None:
         super().__init__()
+        require_int("model_dim", model_dim, least=1)
+        require_int("num_experts", num_experts, least=1)
         self.model_dim, self.num_experts = model_dim, num_experts
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> AnyRouting:

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpert.core.config import MoEConfig, check_capacity_factor
+from flexpert.core.config import MoEConfig, check_capacity_factor, check_top_k
 from flexpert.core.context import RoutingContext
-from flexpert.core.errors import ConfigError
+from flexpert.core.errors import ConfigError, FlexpertError, InputError
 from flexpert.core.registry import ROUTERS, check_options, keyword_names, suggest
 from flexpert.core.routing import CapacityRouting
 from flexpert.core.unset import pick
 
 from .base import Router
 from .capacity import capacity_of
-from .scores import SCORINGS, CosineScore, LinearScore, scoring
+from .overrides import allowed_experts, refuse, rule_out
+from .scores import CosineScore, LinearScore, check_scoring, scoring
 
 
 class ExpertChoiceRouter(Router):
@@ -44,27 +45,32 @@ class ExpertChoiceRouter(Router):
         scoring: str = "softmax",
     ) -> None:
         super().__init__(model_dim=model_dim, num_experts=num_experts)
-        if scoring not in SCORINGS:
-            raise ConfigError(f"unknown scoring {scoring!r}: {suggest(scoring, SCORINGS)}")
+        check_scoring(scoring)
+        check_top_k(top_k, num_experts)
         self.top_k, self.scoring = top_k, scoring
-        self.capacity_factor = _positive(capacity_factor)
+        self.capacity_factor = _positive(capacity_factor, ConfigError)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> CapacityRouting:
         """Route T tokens; see `Router.forward`."""
         tokens, groups = x_TD.shape[0], context.num_groups
+        refuse(context, "expert choice", "ranks")
         top_k = pick(context.top_k, self.top_k)
-        factor = _positive(pick(context.capacity_factor, self.capacity_factor))
+        check_top_k(top_k, self.num_experts, InputError)
+        factor = _positive(pick(context.capacity_factor, self.capacity_factor), InputError)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.score(x_TD, context)
+            allowed = allowed_experts(context, logits_TE)
+            logits_TE = rule_out(logits_TE, allowed)
             score_TE = scoring(self.scoring, logits_TE)
         capacity = capacity_of(factor, top_k, self.num_experts, context, tokens)
         assert capacity is not None
-        ids_EGC = _top_tokens(score_TE.detach(), groups, min(capacity.bound, tokens // groups), context.mask)
+        may_TE = _may_take(score_TE, allowed, context.mask)
+        ids_EGC = _top_tokens(score_TE.detach(), groups, min(capacity.bound, tokens // groups), may_TE)
         limit_G = torch.as_tensor(capacity.limit, device=x_TD.device).expand(groups)
         place_C = torch.arange(ids_EGC.shape[-1], device=x_TD.device)
         keep_EGC = (place_C < limit_G[None, :, None]).expand(ids_EGC.shape)
-        if context.mask is not None:
-            keep_EGC = keep_EGC & context.mask[ids_EGC]
+        if may_TE is not None:
+            keep_EGC = keep_EGC & may_TE.T.gather(1, ids_EGC.flatten(1)).view(ids_EGC.shape)
         base_G1 = torch.arange(groups, device=x_TD.device)[:, None] * capacity.bound
         order_N = (~keep_EGC).flatten().to(torch.uint8).argsort(stable=True)  # kept rows first
         weight_EGC = score_TE.T.gather(1, ids_EGC.flatten(1))
@@ -81,23 +87,30 @@ class ExpertChoiceRouter(Router):
         )
 
 
-def _top_tokens(ranking_TE: Tensor, groups: int, taken: int, mask: Tensor | None) -> Tensor:
-    """The best `taken` tokens of each (expert, group), int64 (E, G, C); padding tokens come last."""
+def _may_take(score_TE: Tensor, allowed: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """bool (T, E): what an expert may take: no padding token, and none that it is ruled out for."""
+    if mask is None:
+        return None if allowed is None else allowed.expand(score_TE.shape)
+    return (mask[:, None] if allowed is None else mask[:, None] & allowed).expand(score_TE.shape)
+
+
+def _top_tokens(ranking_TE: Tensor, groups: int, taken: int, may_TE: Tensor | None) -> Tensor:
+    """The best `taken` tokens of each (expert, group), int64 (E, G, C); those it may not take come last."""
     tokens, num_experts = ranking_TE.shape
-    if mask is not None:
-        ranking_TE = ranking_TE.masked_fill(~mask[:, None], float("-inf"))
+    if may_TE is not None:
+        ranking_TE = ranking_TE.masked_fill(~may_TE, float("-inf"))
     size = tokens // groups
     ranking_EGS = ranking_TE.T.reshape(num_experts, groups, size)
     ids_EGC = ranking_EGS.topk(taken, dim=-1).indices
     return ids_EGC + size * torch.arange(groups, device=ids_EGC.device)[None, :, None]
 
 
-def _positive(capacity_factor: float | None) -> float:
-    check_capacity_factor(capacity_factor)
+def _positive(capacity_factor: float | None, error: type[FlexpertError]) -> float:
+    check_capacity_factor(capacity_factor, error)
     if capacity_factor is None:
         return 1.0
     if capacity_factor <= 0:
-        raise ConfigError(
+        raise error(
             f"capacity_factor={capacity_factor!r}: expert choice fills its experts; "
             f"expected a number > 0, or None for 1"
         )

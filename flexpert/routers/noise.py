@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from flexpert.core.context import RoutingContext
+from flexpert.core.errors import InputError
+from flexpert.core.recomputing import recomputing
 
 _STEP = -7046029254386353131  # 2^64 / golden ratio, as signed 64 bit
 _MIX = (-4658895280553007687, -7723592293110705685)
@@ -27,8 +29,8 @@ def mix(z: Tensor) -> Tensor:
 
 
 def uniform(key: Tensor, counter: Tensor) -> Tensor:
-    """fp32 values in (0, 1), one per counter."""
-    return (_shift_right(mix(mix(counter) + key), 40).float() + 0.5) * 2.0**-24
+    """fp32 values in (0, 1), one per counter; 23 bits, as n + 0.5 of 24 bits would round up to 1."""
+    return (_shift_right(mix(mix(counter) + key), 41).float() + 0.5) * 2.0**-23
 
 
 def normal(key: Tensor, counter: Tensor) -> Tensor:
@@ -38,9 +40,17 @@ def normal(key: Tensor, counter: Tensor) -> Tensor:
 
 
 def call_key(context: RoutingContext, seed: int, device: torch.device) -> Tensor:
-    """The int64 key of one call: of (seed, step) where there is a step, else drawn from the generator."""
+    """The int64 key of one call: of (seed, step) where there is a step, else drawn from the generator.
+
+    Raises:
+        InputError: a recomputation that would have to draw from the caller's generator a second time.
+    """
     if context.step is not None:
         return mix(torch.full((), seed, dtype=torch.int64, device=device) + context.step)
+    if context.generator is not None and recomputing():
+        raise InputError(
+            "activation checkpointing cannot repeat the noise of a generator; give RoutingContext(step=...)"
+        )
     source = context.generator.device if context.generator is not None else "cpu"
     return torch.randint(2**62, (), generator=context.generator, device=source).to(device)
 

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexpert.core.config import require_bool, require_int, require_number
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError, InputError
+from flexpert.core.registry import suggest
 from flexpert.core.seeding import derive_seed, draw_base
 
 from .base import Router
@@ -46,6 +48,7 @@ class LinearScore(Router):
 
     def __init__(self, *, model_dim: int, num_experts: int, fp32: bool = True, **rules: Any) -> None:
         super().__init__(model_dim=model_dim, num_experts=num_experts, **rules)
+        require_bool("fp32", fp32)
         self.fp32 = fp32
         self.weight = normal_parameter((num_experts, model_dim), 1 / math.sqrt(model_dim))
 
@@ -82,6 +85,9 @@ class CosineScore(Router):
         **rules: Any,
     ) -> None:
         super().__init__(model_dim=model_dim, num_experts=num_experts, **rules)
+        require_int("proj_dim", proj_dim, least=1)
+        require_number("temperature", temperature)
+        require_number("min_temperature", min_temperature)
         if not 0 < min_temperature <= temperature:
             raise ConfigError(
                 f"temperature={temperature!r}, min_temperature={min_temperature!r}: expected "
@@ -136,9 +142,16 @@ class HashScore(Router):
 SCORINGS = {
     "softmax": lambda z: z.softmax(-1),
     "sigmoid": torch.sigmoid,
-    "sqrt_softplus": lambda z: F.softplus(z).sqrt(),
+    # The root's slope is infinite at 0, where softplus underflows.
+    "sqrt_softplus": lambda z: F.softplus(z).clamp(min=torch.finfo(z.dtype).tiny).sqrt(),
     "uniform": torch.ones_like,
 }
+
+
+def check_scoring(name: str) -> None:
+    """Raise `ConfigError` unless a scoring has that name; the message lists those that have one."""
+    if name not in SCORINGS:
+        raise ConfigError(f"unknown scoring {name!r}: {suggest(name, SCORINGS)}")
 
 
 def scoring(name: str, logits_TE: Tensor) -> Tensor:

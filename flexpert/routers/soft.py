@@ -8,22 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexpert.core.config import MoEConfig
+from flexpert.core.config import MoEConfig, require_bool, require_int
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError, InputError
 from flexpert.core.registry import ROUTERS, check_options, keyword_names
 from flexpert.core.routing import DenseRouting
 
 from .base import Router
+from .overrides import refuse
 from .scores import normal_parameter, routing_dtype
 
 
 class SoftRouter(Router):
     """Each slot reads a softmax mixture of its sequence's tokens; each token a softmax mixture of all slots.
 
-    Sequences are mixed apart from each other; an input of shape (T, D) is one sequence. Every token sees
-    every
-    other one: not for autoregressive models.
+    Sequences are mixed apart from each other; an input of shape (T, D) is one sequence per token group. Every
+    token of a sequence sees every other one: not for autoregressive models.
 
     Args:
         model_dim: D.
@@ -38,18 +38,22 @@ class SoftRouter(Router):
         self, *, model_dim: int, num_experts: int, slots_per_expert: int = 1, normalize: bool = True
     ) -> None:
         super().__init__(model_dim=model_dim, num_experts=num_experts)
-        if slots_per_expert < 1:
-            raise ConfigError(f"slots_per_expert={slots_per_expert!r}: expected an integer >= 1")
+        require_int("slots_per_expert", slots_per_expert, least=1)
+        require_bool("normalize", normalize)
         self.slots_per_expert, self.normalize = slots_per_expert, normalize
         self.weight = normal_parameter((num_experts * slots_per_expert, model_dim), model_dim**-0.5)
         self.scale = nn.Parameter(torch.ones(())) if normalize else None
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> DenseRouting:
         """Route T tokens; see `Router.forward`."""
+        refuse(context, "soft routing", "top_k", "capacity_factor", "expert_mask", "ranks")
         tokens = x_TD.shape[0]
-        length = context.sequence_length or max(tokens, 1)
-        if tokens % length:
-            raise InputError(f"sequence_length={length} does not divide the {tokens} tokens of the call")
+        group = tokens // context.num_groups
+        length = context.sequence_length or max(group, 1)
+        if group % length:
+            raise InputError(
+                f"sequence_length={length} does not divide the {group} tokens of a token group"
+            )
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TP = self._logits(x_TD)
             logits_BSP = logits_TP.view(-1, length, logits_TP.shape[-1])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexpert.core.config import MoEConfig, check_capacity_factor
+from flexpert.core.config import (
+    MoEConfig,
+    check_capacity_factor,
+    check_top_k,
+    require_bool,
+    require_number,
+)
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError, InputError
 from flexpert.core.registry import ROUTERS, Spec, check_options, keyword_names, split_spec, suggest
@@ -20,7 +25,8 @@ from flexpert.core.unset import pick
 from . import noise
 from .base import Router
 from .capacity import assign, capacity_of
-from .scores import SCORINGS, CosineScore, HashScore, LinearScore, routing_dtype
+from .overrides import allowed_experts, rule_out
+from .scores import CosineScore, HashScore, LinearScore, check_scoring, routing_dtype
 from .scores import scoring as gate_scores
 from .selections import SELECTIONS
 from .weights import WeightRule
@@ -69,11 +75,19 @@ class TokenChoiceRouter(Router):
         selection_bias: bool = False,
     ) -> None:
         super().__init__(model_dim=model_dim, num_experts=num_experts)
-        if scoring not in SCORINGS:
-            raise ConfigError(f"unknown scoring {scoring!r}: {suggest(scoring, SCORINGS)}")
-        for name, value in (("gate_noise", gate_noise), ("input_jitter", input_jitter)):
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"{name}={value!r}: expected a finite number >= 0")
+        check_scoring(scoring)
+        check_top_k(top_k, num_experts)
+        check_capacity_factor(capacity_factor)
+        for name, number in (("gate_noise", gate_noise), ("input_jitter", input_jitter)):
+            require_number(name, number, least=0)
+        for name, switch in (
+            ("batch_prioritized", batch_prioritized),
+            ("learned_noise", learned_noise),
+            ("selection_bias", selection_bias),
+        ):
+            require_bool(name, switch)
+        if learned_noise and gate_noise:
+            raise ConfigError(f"gate_noise={gate_noise!r} and learned_noise=True: choose one of the two")
         self.top_k = top_k
         self.scoring = scoring
         self.selection = _build_selection(selection, num_experts, top_k)
@@ -100,9 +114,8 @@ class TokenChoiceRouter(Router):
         top_k, capacity_factor = self._settings(context)
         with torch.autocast(x_TD.device.type, enabled=False):
             clean_TE, logits_TE, std = self._logits(x_TD, context)
-            allowed = _allowed(context, logits_TE)
-            if allowed is not None:
-                logits_TE = logits_TE.masked_fill(~allowed, torch.finfo(logits_TE.dtype).min)
+            allowed = allowed_experts(context, logits_TE)
+            logits_TE = rule_out(logits_TE, allowed)
             score_TE = gate_scores(self.scoring, logits_TE)
             ids_TK = self._select(logits_TE, score_TE, allowed, top_k, context)
             weight_TK, ids_TK = self._weights(score_TE, ids_TK, allowed, context)
@@ -132,11 +145,10 @@ class TokenChoiceRouter(Router):
 
     def _settings(self, context: RoutingContext) -> tuple[int, float | None]:
         top_k = pick(context.top_k, self.top_k)
-        if not 1 <= top_k <= self.num_experts:
-            raise InputError(f"top_k={top_k!r}: expected 1 <= top_k <= num_experts={self.num_experts}")
+        check_top_k(top_k, self.num_experts, InputError)
         capacity_factor = pick(context.capacity_factor, self.capacity_factor)
-        check_capacity_factor(capacity_factor)
-        return top_k, capacity_factor
+        check_capacity_factor(capacity_factor, InputError)
+        return top_k if context.ranks is None else len(context.ranks), capacity_factor
 
     def _logits(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits without noise, with noise, and the noise's standard deviation where the router has any."""
@@ -185,19 +197,6 @@ class TokenChoiceRouter(Router):
         return self.weight_rule(chosen_TK), ids_TK.masked_fill(absent_TK, self.num_experts)
 
 
-def _allowed(context: RoutingContext, logits_TE: Tensor) -> Tensor | None:
-    """bool, broadcastable to (T, E): the experts that may be chosen."""
-    mask = context.expert_mask
-    if mask is None:
-        return None
-    if mask.dtype is not torch.bool or mask.shape not in (logits_TE.shape, logits_TE.shape[1:]):
-        raise InputError(
-            f"expert_mask has dtype {mask.dtype} and shape {tuple(mask.shape)}; expected torch.bool and "
-            f"({logits_TE.shape[1]},) or {tuple(logits_TE.shape)}"
-        )
-    return mask if mask.dim() == 2 else mask[None]
-
-
 def _build_selection(spec: Spec, num_experts: int, top_k: int) -> Any:
     name, options = split_spec(spec, "selection")
     if name not in SELECTIONS:
@@ -208,8 +207,7 @@ def _build_selection(spec: Spec, num_experts: int, top_k: int) -> Any:
         selection = kind(**options)
     except TypeError as error:
         raise ConfigError(f"selection {name!r}: {error}") from None
-    if hasattr(selection, "check"):
-        selection.check(num_experts, top_k)
+    selection.check(num_experts, top_k, ConfigError)
     return selection
 
 

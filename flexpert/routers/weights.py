@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flexpert.core.config import check_renormalize
+from flexpert.core.config import check_renormalize, require_bool, require_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class WeightRule:
 
     def __post_init__(self) -> None:
         check_renormalize(self.renormalize)
+        require_number("scale", self.scale)
+        require_bool("straight_through", self.straight_through)
 
     def __call__(self, score_TK: Tensor) -> Tensor:
         """Weights (T, K); an absent expert has score 0 and keeps weight 0."""

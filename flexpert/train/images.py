@@ -43,34 +43,35 @@ class ImageBatches:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
             self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator)
         ids = self._order[place * self.batch_size : (place + 1) * self.batch_size]
-        images = self._augment(self.normalize(self._images[ids]), step)
-        return images, self._labels[ids]
+        return self._normalize(self._augment(self._pad(self._images[ids]), step)), self._labels[ids]
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (B, h, w) to fp32 (B, 1, size, size) of mean 0 and deviation 1, padded with black."""
-        x = (images[:, None].float() / 255 - self.mean) / self.std
-        height, width = self.size - x.shape[2], self.size - x.shape[3]
-        padding = (width // 2, width - width // 2, height // 2, height - height // 2)
-        return F.pad(x, padding, value=-self.mean / self.std)
+    def evaluation(self, images: Tensor) -> Tensor:
+        """uint8 (B, h, w) to model input: padded with black, mean 0 and deviation 1, nothing random."""
+        return self._normalize(self._pad(images))
+
+    def _pad(self, images: Tensor) -> Tensor:
+        height, width = self.size - images.shape[1], self.size - images.shape[2]
+        return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        return ((images.float() / 255 - self.mean) / self.std)[:, None]
 
     def _augment(self, images: Tensor, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment", step))
         batch = images.shape[0]
         if self.config.flip:
             flipped = torch.rand(batch, generator=generator) < 0.5
-            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+            images = torch.where(flipped[:, None, None], images.flip(2), images)
         if self.config.shift:
-            images = _shift(images, self.config.shift, -self.mean / self.std, generator)
+            images = _shift(images, self.config.shift, generator)
         return images
 
 
-def _shift(images: Tensor, reach: int, fill: float, generator: torch.Generator) -> Tensor:
+def _shift(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:
     """Move each image by up to `reach` pixels both ways, by one gather from a padded copy."""
-    batch, _, height, width = images.shape
-    padded = F.pad(images, (reach,) * 4, value=fill)
+    batch, height, width = images.shape
+    padded = F.pad(images, (reach,) * 4)
     dy = torch.randint(2 * reach + 1, (batch, 1, 1), generator=generator)
     dx = torch.randint(2 * reach + 1, (batch, 1, 1), generator=generator)
-    rows = dy + torch.arange(height)[:, None]
-    columns = dx + torch.arange(width)
-    index = (rows * padded.shape[3] + columns).flatten(1)
-    return padded.flatten(1).gather(1, index).view_as(images)
+    index = (dy + torch.arange(height)[:, None]) * padded.shape[2] + dx + torch.arange(width)
+    return padded.flatten(1).gather(1, index.flatten(1)).view_as(images)

@@ -87,7 +87,7 @@ class VisionTask:
         correct, dropped, selected = 0, 0.0, 0.0
         for chunk, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             with routing_scope(self.model, context=context) as scope:
-                logits = self._logits(self.batches.normalize(chunk).to(self.device))
+                logits = self._logits(self.batches.evaluation(chunk).to(self.device))
             correct += int((logits.argmax(-1).cpu() == target).sum())
             dropped += sum(float(s.dropped) for s in scope.stats.values())
             selected += sum(float(s.selected_E.sum()) for s in scope.stats.values())
@@ -97,7 +97,7 @@ class VisionTask:
     def load(self, images: int = 2000) -> Mapping[str, list[float]]:
         """Share of the rows each expert computes on test images, by layer; empty for a dense model."""
         self.model.eval()
-        chunk = self.batches.normalize(self.dataset.test_images[:images]).to(self.device)
+        chunk = self.batches.evaluation(self.dataset.test_images[:images]).to(self.device)
         with torch.no_grad(), routing_scope(self.model) as scope:
             self._logits(chunk)
         return {name: _shares(stats) for (name, _), stats in scope.stats.items()}

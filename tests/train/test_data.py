@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import functools
 import gzip
+import http.server
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,8 @@ import torch
 from flexpert.core.errors import CheckpointError, InputError
 from flexpert.train import data
 from flexpert.train.data import load_fashion_mnist, read_idx
+
+FETCH_URL = data._fetch_url
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -46,6 +51,7 @@ def test_read_idx_returns_what_was_written(tmp_path: Path, shape: tuple[int, ...
 
 
 GOOD = idx_bytes(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+PACKED = gzip.compress(GOOD, mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +64,9 @@ GOOD = idx_bytes(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
         (GOOD[:9], "truncated: its header ends after 9 of 16 bytes"),
         (GOOD[:-1], r"truncated: 39 bytes, its shape \(2, 3, 4\) needs 40"),
         (GOOD + b"x", "too long: 41 bytes"),
-        (gzip.compress(GOOD)[:-3], "truncated or corrupt"),
-        (gzip.compress(GOOD)[:15], "truncated or corrupt"),
-        (gzip.compress(GOOD)[:-8] + b"\0" * 8, "truncated or corrupt"),  # another checksum
+        (PACKED[:-3], "truncated or corrupt"),
+        (PACKED[:15], "truncated or corrupt"),
+        (PACKED[:-8] + b"\0" * 8, "truncated or corrupt"),  # another checksum
         (b"\x1f\x8b nonsense", "truncated or corrupt"),
     ],
 )
@@ -182,6 +188,31 @@ def test_a_corrupt_fetch_is_not_published(
     with pytest.raises(InputError, match="t10k-images-idx3-ubyte.gz is not an idx file"):
         load_fashion_mnist()
     assert list(nowhere.iterdir()) == []
+
+
+def test_the_authors_address_is_fetched_file_by_file(
+    tiny_fashion_mnist: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            """Be quiet."""
+
+    handler = functools.partial(Handler, directory=str(tiny_fashion_mnist))
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setattr(data, "URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(data, "_fetch_url", FETCH_URL)
+        fetched = load_fashion_mnist()
+        (tiny_fashion_mnist / "t10k-labels-idx1-ubyte.gz").rename(tiny_fashion_mnist / "moved.gz")
+        shutil.rmtree(nowhere)
+        with pytest.raises(InputError, match=f"{data.URL}: HTTP Error 404"):
+            load_fashion_mnist()
+        server.shutdown()
+        thread.join()
+    assert fetched.source == data.URL
+    assert fetched.test_labels.shape == (20,)
 
 
 def test_left_overs_of_killed_fetches_are_removed_and_running_ones_kept(

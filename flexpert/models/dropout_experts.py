@@ -61,7 +61,5 @@ class DropoutMLPExperts(MLPExperts):
         if not (self.training and self.dropout):
             return super().fused(x_TD, routing, slot_E)
         rows_ND = ops.gather_rows(x_TD, routing.unit_N, routing.counts_E)
-        batch = ExpertBatch(
-            rows_ND=rows_ND, counts_E=routing.counts_E, unit_N=routing.unit_N, slot_E=slot_E
-        )
+        batch = ExpertBatch(rows_ND=rows_ND, counts_E=routing.counts_E, unit_N=routing.unit_N, slot_E=slot_E)
         return weighted_sum(self(batch), routing, x_TD.dtype)

@@ -1,0 +1,102 @@
+"""Counter-based noise: reproducible, independent of order, of the right distribution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flexpert import RoutingContext
+from flexpert.routers import noise
+
+WORD = 2**64
+
+
+def signed(value):
+    value %= WORD
+    return value - WORD if value >= WORD // 2 else value
+
+
+def mix_in_whole_numbers(z):
+    """SplitMix64's finaliser after its increment, in Python's integers."""
+    z = z * 0x9E3779B97F4A7C15 % WORD
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % WORD
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % WORD
+    return z ^ z >> 31
+
+
+def unmix(z):
+    """The inverse of `mix_in_whole_numbers`."""
+
+    def unshift(value, bits):
+        result = value
+        for _ in range(64 // bits + 1):
+            result = value ^ result >> bits
+        return result
+
+    z = unshift(z, 31) * pow(0x94D049BB133111EB, -1, WORD) % WORD
+    z = unshift(z, 27) * pow(0xBF58476D1CE4E5B9, -1, WORD) % WORD
+    return unshift(z, 30) * pow(0x9E3779B97F4A7C15, -1, WORD) % WORD
+
+
+def test_mix_is_the_published_function():
+    values = [0, 1, 2, 12345, -1, -(2**63), 2**63 - 1, 987654321987654321]
+    assert noise.mix(torch.tensor(values)).tolist() == [signed(mix_in_whole_numbers(v % WORD)) for v in values]
+    assert [unmix(mix_in_whole_numbers(v % WORD)) for v in values] == [v % WORD for v in values]
+
+
+def test_uniform_never_reaches_its_ends():
+    for hashed in (0, WORD - 1):  # the least and the greatest value there can be
+        counter = torch.tensor(signed(unmix(unmix(hashed))))
+        value = noise.uniform(torch.tensor(0), counter)
+        assert 0 < value < 1
+        assert noise.normal(torch.tensor(0), torch.arange(3)).isfinite().all()
+
+
+def test_uniform_is_uniform():
+    u = noise.uniform(torch.tensor(7), noise.counters(1000, 100, torch.device("cpu"))).double()
+    assert u.dtype == torch.float64
+    counts = torch.histc(u, 50, 0, 1)
+    chi_square = ((counts - 2000).square() / 2000).sum()
+    assert chi_square < 49 + 5 * math.sqrt(2 * 49)
+    assert abs(torch.corrcoef(torch.stack([u[:-1].flatten(), u[1:].flatten()]))[0, 1]) < 5 / math.sqrt(1e5)
+    other = noise.uniform(torch.tensor(8), noise.counters(1000, 100, torch.device("cpu"))).double()
+    assert abs(torch.corrcoef(torch.stack([u.flatten(), other.flatten()]))[0, 1]) < 5 / math.sqrt(1e5)
+
+
+def test_normal_is_normal():
+    z = noise.normal(torch.tensor(3), torch.arange(100_000)).double().sort().values
+    cdf = torch.special.ndtr(z)
+    empirical = (torch.arange(len(z)) + 0.5) / len(z)
+    assert (cdf - empirical).abs().max() < 2 / math.sqrt(len(z))  # Kolmogorov and Smirnov
+    assert z.isfinite().all()
+
+
+def test_a_value_depends_on_its_counter_alone():
+    key = torch.tensor(5)
+    whole = noise.normal(key, torch.arange(100))
+    assert torch.equal(noise.normal(key, torch.arange(40, 60)), whole[40:60])
+
+
+def test_key_of_a_step():
+    cpu = torch.device("cpu")
+    key = noise.call_key(RoutingContext(step=3), 11, cpu)
+    assert torch.equal(key, noise.call_key(RoutingContext(step=torch.tensor(3)), 11, cpu))
+    assert key != noise.call_key(RoutingContext(step=4), 11, cpu)
+    assert key != noise.call_key(RoutingContext(step=3), 12, cpu)
+    before = torch.get_rng_state()
+    noise.call_key(RoutingContext(step=3), 11, cpu)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_key_of_a_generator():
+    cpu = torch.device("cpu")
+    contexts = [RoutingContext(generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    keys = [int(noise.call_key(context, 11, cpu)) for context in contexts]
+    assert keys[0] == keys[1] != keys[2]
+    assert int(noise.call_key(contexts[0], 11, cpu)) != keys[0]  # the generator moved on
+    torch.manual_seed(0)
+    drawn = [int(noise.call_key(RoutingContext(), 11, cpu)) for _ in range(2)]
+    torch.manual_seed(0)
+    assert drawn == [int(noise.call_key(RoutingContext(), 11, cpu)) for _ in range(2)]
+    assert drawn[0] != drawn[1]
