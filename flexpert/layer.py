@@ -170,6 +170,8 @@ class MoE(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         dim = self.experts.model_dim
+        if not isinstance(x, Tensor):
+            raise InputError(f"x is a {type(x).__name__}; expected a tensor (..., model_dim={dim})")
         if x.dim() < 1 or x.shape[-1] != dim:
             raise InputError(f"x has shape {tuple(x.shape)}; expected (..., model_dim={dim})")
         if not x.is_floating_point():

@@ -19,17 +19,23 @@ from flexpert.core.stats import RoutingStats
 from .layer import MoE
 
 Key = tuple[str, int]
+_TOO_LATE = (
+    "backward recomputes a layer whose routing_scope has ended; call backward() inside the innermost `with` "
+    "that gave a context"
+)
 
 
 class routing_scope:  # noqa: N801  (used like a function: `with routing_scope(model) as scope`)
     """Gives every MoE layer of a model a context, and collects what their calls did.
 
     `with routing_scope(model, context=context) as scope:` then `scope.losses["balance"].mean()`. A context
-    given to a layer's call itself wins over the scope's. Scopes may be nested; the innermost one acts.
+    given to a layer's call itself wins over the scope's. Scopes may be nested: the innermost context acts,
+    and all of them record.
 
     Under activation checkpointing call `backward()` inside the `with`: the recomputation then sees the same
     context, and is not counted again. Checkpointing must be non-reentrant (`use_reentrant=False`): the
-    reentrant form loses the gradient of the losses, and is refused.
+    reentrant form loses the gradient of the losses, and is refused. To checkpoint inside a compiled graph,
+    set `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint`: it is one.
 
     Args:
         model: any module; its `MoE` layers take part. It may have none.
@@ -50,8 +56,10 @@ class routing_scope:  # noqa: N801  (used like a function: `with routing_scope(m
         return self
 
     def __exit__(self, *error: object) -> None:
-        for (_, layer), outer in zip(self._layers, self._outer, strict=True):
-            layer.scope = outer if isinstance(outer, _Handle) else _Closed(self.context)
+        for (_, layer), handle in zip(self._layers, self._handles, strict=True):
+            layer.scope = _Closed(self.context) if handle.outer is None else handle.outer
+            if handle.outer is not None and handle.context is not handle.outer.context:
+                handle.outer.had_inner_context = True
 
     @property
     def infos(self) -> dict[Key, MoEInfo]:
@@ -82,11 +90,17 @@ class _Handle:
         self.outer = outer if isinstance(outer, _Handle) else None
         self.context = self.outer.context if context is None and self.outer is not None else context
         self.calls: list[MoEInfo] = []
+        self.had_inner_context = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a layer takes no part in the scopes of the original."""
 
     def wants_info(self) -> bool:
         return True
 
     def context_for_call(self) -> RoutingContext | None:
+        if self.had_inner_context and recomputing():
+            raise InputError(_TOO_LATE)
         return self.context
 
     def record(self, info: MoEInfo) -> None:
@@ -124,9 +138,7 @@ class _Closed:
         if not recomputing():
             self.expired = True
         elif self.had_context and not self.expired:
-            raise InputError(
-                "backward recomputes a layer whose routing_scope has ended; call backward() inside the `with`"
-            )
+            raise InputError(_TOO_LATE)
 
     def record(self, info: MoEInfo) -> None:
         """Nothing: the scope has its record."""
@@ -143,6 +155,12 @@ class _Losses(Mapping[str, Tensor]):
         if name not in self._terms:
             raise InputError(f"no layer of the scope gave a loss {name!r}; {suggest(name, self._terms)}")
         return torch.stack(self._terms[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._terms
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self._terms else default
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._terms)

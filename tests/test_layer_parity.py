@@ -192,7 +192,6 @@ def test_any_shape(tokens, num_experts, dims, router, capacity_factor, flags, da
         renormalize=renormalize,
     )
     layer.use_fused = fused
-    # In one dimension all cosines are +1 or -1, and ties may be broken in any order.
     context = make_context(tokens, masked=masked, num_groups=groups)
     compare(layer, make_input(tokens, dims[0]), context)
 

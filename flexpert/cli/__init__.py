@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,5 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"flexpert {options.command}: interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(result) if options.json else options.module.describe(result))
+    try:
+        print(json.dumps(result) if options.json else options.module.describe(result), flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -194,7 +194,8 @@ def require_number(name: str, value: Any, *, least: float | None = None, above: 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not asked by math.isfinite: in a compiled graph of any shape numbers may be symbols.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _check_specs(name: str, value: Any) -> None:

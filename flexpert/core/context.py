@@ -33,8 +33,8 @@ class RoutingContext:
         top_k: experts per token for this call.
         capacity_factor: as in `MoEConfig`, for this call; None means dropless.
         expert_mask: bool (E,) or (T, E), True for an expert that may be chosen.
-        ranks: positions in each token's ranking to select instead of 0..top_k-1 (0 is the best); top_k is then
-            their number.
+        ranks: positions in each token's ranking to select instead of 0..top_k-1 (0 is the best); top_k is
+            then their number.
         num_groups: token groups that share nothing: capacity and priority apply within each. One process
             with `num_groups=W` reproduces W ranks.
         sequence_length: tokens in a sequence, for losses of that scope and soft routing; the layer fills
@@ -88,7 +88,7 @@ class RoutingContext:
         }
         if self.expert_mask is not None:
             _check_bool("expert_mask", self.expert_mask, "an expert that may be chosen")
-            if tuple(self.expert_mask.shape[:-1]) == tuple(leading):
+            if same_shape(self.expert_mask.shape[:-1], leading):
                 flat["expert_mask"] = self.expert_mask.reshape(tokens, self.expert_mask.shape[-1])
         if self.mask is not None:
             _check_bool("mask", self.mask, "a real token")
@@ -104,8 +104,13 @@ class RoutingContext:
         return x_TD if self.mask is None else x_TD.masked_fill(~self.mask[:, None], 0.0)
 
 
+def same_shape(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether two shapes are equal, one by one: a compiled graph's symbols are not found equal as tuples."""
+    return len(shape) == len(expected) and all(a == b for a, b in zip(shape, expected, strict=True))
+
+
 def _flatten(name: str, tensor: Tensor, leading: Sequence[int]) -> Tensor:
-    if tuple(tensor.shape) not in (tuple(leading), (math.prod(leading),)):
+    if not (same_shape(tensor.shape, leading) or same_shape(tensor.shape, [math.prod(leading)])):
         raise InputError(
             f"{name} has shape {tuple(tensor.shape)}, but the layer's tokens have {tuple(leading)}; "
             f"give one value per token"

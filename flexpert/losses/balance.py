@@ -46,6 +46,7 @@ def balance_first_choice(routing: AnyRouting, context: RoutingContext) -> Tensor
 def _balance(counts_BE: Tensor, probs_TE: Tensor, context: RoutingContext) -> Tensor:
     """The term of each part, averaged over the parts that have tokens."""
     parts, num_experts = counts_BE.shape
+    counts_BE = counts_BE.to(probs_TE.dtype)
     share_TE = probs_TE / probs_TE.sum(-1, keepdim=True).clamp(min=1e-20)
     share_TE, _ = real(share_TE, context)
     total_BE = share_TE.view(parts, -1, num_experts).sum(1)

@@ -20,5 +20,7 @@ def entropy(routing: AnyRouting, context: RoutingContext) -> Tensor:
     """
     probs_TE = probs_of(routing, "entropy")
     share_TE = probs_TE / probs_TE.sum(-1, keepdim=True).clamp(min=1e-20)
+    # The slope of p log p is infinite at 0, where a softmax underflows and at experts that are ruled out.
+    share_TE = share_TE.clamp(min=torch.finfo(share_TE.dtype).tiny)
     values_T, count = real(torch.special.entr(share_TE).sum(-1), context)
     return values_T.sum() / count

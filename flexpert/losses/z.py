@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flexpert.core.context import RoutingContext
@@ -13,6 +14,11 @@ from .common import logits_of, real
 
 @LOSSES.register("z")
 def z_loss(routing: AnyRouting, context: RoutingContext) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2: keeps logits small. 0 without tokens."""
-    values_T, count = real(logits_of(routing, "z").logsumexp(-1).square(), context)
+    """Mean over tokens of logsumexp(logits)^2: keeps logits small. 0 without tokens.
+
+    A token without any expert to choose from adds 0.
+    """
+    logits_TE = logits_of(routing, "z")
+    nobody_T = logits_TE.detach().amax(-1) == torch.finfo(logits_TE.dtype).min
+    values_T, count = real(logits_TE.logsumexp(-1).masked_fill(nobody_T, 0.0).square(), context)
     return values_T.sum() / count

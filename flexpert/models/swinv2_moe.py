@@ -82,8 +82,11 @@ class _MoEInSwin(MoE):
 class SwinV2MoEModel(Swinv2Model):
     """Swin Transformer V2 with MoE layers in place of the MLPs that `SwinV2MoEConfig` names.
 
-    Differences from the published code, which stands on an earlier form of the network: attention by cosine and
-    normalisation after each part, as SwinV2 has them (there: scaled dot products, normalisation before).
+    Differences from the published code, which stands on an earlier form of the network: attention by cosine
+    and normalisation after each part, as in SwinV2 (there: scaled dot products, normalisation before).
+    A consequence for K = 1: the norm that follows removes the size of the gate's weight, so the router learns
+    from the balance loss and, through the norm's epsilon, little from the task. With K > 1 it learns from
+    both.
     """
 
     config_class = SwinV2MoEConfig

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexpert.core.errors import FlexpertError
 from . import select
+from .products import slack
 
 _SCHEMAS = {
     "assign": "(Tensor key, SymInt num_bins, Tensor? capacity) -> (Tensor, Tensor)",
@@ -131,8 +132,8 @@ def _(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    pre_shape = (unit.shape[0], *w1.shape[1:-1]) if save else (0,)
-    return x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(pre_shape)
+    rows, inner = unit.shape[0] + slack(x.dtype) if save else 0, w1.shape[1:-1].numel()
+    return x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(rows, inner)
 
 
 @_fake("grouped_mlp_backward")

@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are accumulated in: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def segments(counts_E: Tensor, slot_E: Tensor | None) -> Iterator[tuple[int, int, int]]:
-    """(slot, start, stop) of every expert that is here and has rows. Reads the counts on the host."""
-    counts = counts_E.tolist()
-    slots = range(len(counts)) if slot_E is None else slot_E.tolist()
-    stop = 0
-    for slot, count in zip(slots, counts, strict=True):
-        start, stop = stop, stop + count
-        if count and slot >= 0:
-            yield slot, start, stop
-
-
-def row_product(a_NK: Tensor, b_KM: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b where no row of `a` may touch another row's result, whatever it holds.
-
-    The half-precision products of oneDNN (AMX) multiply what lies past the end of a row by zero, which lets
-    a NaN of one row into others, unless K fills whole tiles of 32.
-    """
-    if a_NK.dtype.itemsize == 2 and a_NK.shape[1] % 32:
-        pad = -a_NK.shape[1] % 32
-        a_NK, b_KM = F.pad(a_NK, (0, pad)), F.pad(b_KM, (0, 0, 0, pad))
-    return torch.mm(a_NK, b_KM, out=out)
+from .bags import sum_rows, wide
+from .memory import empty
+from .products import outer_product, pad_rows, row_product, segments, slack
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -73,12 +46,18 @@ def gather_rows_backward(grad_ND: Tensor, unit_N: Tensor, counts_E: Tensor, num_
 def grouped_linear(
     rows_ND: Tensor, w_SFD: Tensor, b_SF: Tensor | None, counts_E: Tensor, slot_E: Tensor | None
 ) -> Tensor:
-    y_NF = rows_ND.new_zeros(len(rows_ND), w_SFD.shape[1])
-    for slot, start, stop in segments(counts_E, slot_E):
-        y = row_product(rows_ND[start:stop], w_SFD[slot].t(), out=y_NF[start:stop])
-        if b_SF is not None:
-            y += b_SF[slot]
-    return y_NF
+    total, dtype = len(rows_ND), rows_ND.dtype
+    y_NF = empty(rows_ND, (total + slack(dtype), w_SFD.shape[1]))
+    for slot, start, stop in segments(counts_E, slot_E, absent=True):
+        if slot < 0:
+            y_NF[start:stop] = 0
+        else:
+            rows = pad_rows(rows_ND[start:stop])
+            row_product(
+                rows, w_SFD[slot].t(), None if b_SF is None else b_SF[slot], y_NF[start : start + len(rows)]
+            )
+    y_NF[int(counts_E.sum()) :] = 0
+    return y_NF[:total]
 
 
 def grouped_linear_backward(
@@ -90,19 +69,28 @@ def grouped_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (rows, w, b); an empty tensor for those not asked for."""
-    empty = rows_ND.new_empty(0)
-    d_rows = torch.zeros_like(rows_ND) if needs[0] else empty
-    d_w = torch.zeros_like(w_SFD) if needs[1] else empty
-    d_b = w_SFD.new_zeros(w_SFD.shape[:2]) if needs[2] else empty
-    for slot, start, stop in segments(counts_E, slot_E):
-        grad = grad_NF[start:stop]
+    nothing, spare = rows_ND.new_empty(0), slack(rows_ND.dtype)
+    d_rows = empty(rows_ND, (len(rows_ND) + spare, rows_ND.shape[1])) if needs[0] else nothing
+    d_w = empty(w_SFD, w_SFD.shape) if needs[1] else nothing
+    d_b = w_SFD.new_zeros(w_SFD.shape[:2]) if needs[2] else nothing
+    seen: set[int] = set()
+    for slot, start, stop in segments(counts_E, slot_E, absent=True):
+        if slot < 0:
+            d_rows[start:stop] = 0
+            continue
+        grad = pad_rows(grad_NF[start:stop])
         if needs[0]:
-            row_product(grad, w_SFD[slot], out=d_rows[start:stop])
+            row_product(grad, w_SFD[slot], out=d_rows[start : start + len(grad)])
         if needs[1]:
-            d_w[slot].addmm_(grad.t(), rows_ND[start:stop])
+            outer_product(grad, pad_rows(rows_ND[start:stop]), d_w[slot], accumulate=slot in seen)
         if needs[2]:
-            d_b[slot] += grad.sum(0, dtype=wide(grad.dtype)).to(grad.dtype)
-    return d_rows, d_w, d_b
+            d_b[slot] += grad.sum(0)
+        seen.add(slot)
+    d_rows[int(counts_E.sum()) :] = 0
+    if needs[1]:
+        for slot in set(range(len(w_SFD))) - seen:
+            d_w[slot] = 0
+    return d_rows[: len(rows_ND)], d_w, d_b
 
 
 def scatter_combine(
@@ -114,11 +102,9 @@ def scatter_combine(
     dtype: torch.dtype,
 ) -> Tensor:
     total = int(counts_E.sum())
-    rows = rows_NO[:total].to(wide(rows_NO.dtype))
-    if weight_N is not None:
-        rows = rows * weight_N[:total, None]
-    out = rows.new_zeros(num_units, rows.shape[1])
-    return out.index_add_(0, unit_N[:total], rows).to(dtype)
+    weight = None if weight_N is None else weight_N[:total]
+    rows = rows_NO if dtype == rows_NO.dtype else rows_NO[:total].to(wide(rows_NO.dtype))
+    return sum_rows(rows, unit_N[:total], weight, None, num_units).to(dtype)
 
 
 def scatter_combine_backward(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flexpert.core.errors import ConfigError, InputError
-from . import portable, portable_mlp, reference
+from . import grouped, portable, portable_mlp, reference
 
 Kernel = Callable[..., Any]
 
@@ -48,8 +48,21 @@ PORTABLE = Backend(
     name="portable", kernels={**portable.KERNELS, **portable_mlp.KERNELS}, verify=_verify_portable
 )
 
+
+def _verify_grouped(facts: CallFacts) -> str | None:
+    if facts.device == "cpu":
+        return "on a CPU it is slower than the portable loop"
+    if facts.operator == "assign":
+        return _verify_portable(facts)
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return f"PyTorch {torch.__version__} has no torch.nn.functional.grouped_mm"
+    return None if facts.dtype == torch.bfloat16 else f"it is made for bfloat16, not {facts.dtype}"
+
+
+GROUPED_MM = Backend(name="grouped_mm", kernels=grouped.KERNELS, verify=_verify_grouped)
+
 # In order of preference: the first that accepts a call runs it.
-BACKENDS: list[Backend] = [PORTABLE]
+BACKENDS: list[Backend] = [GROUPED_MM, PORTABLE]
 
 _live: dict[tuple[str, str, torch.dtype], Kernel] = {}
 _forced: Backend | None = None

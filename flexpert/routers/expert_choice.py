@@ -16,7 +16,7 @@ from flexpert.core.unset import pick
 
 from .base import Router
 from .capacity import capacity_of
-from .overrides import allowed_experts, refuse, rule_out
+from .overrides import allowed_experts, refuse, refuse_settings, rule_out
 from .scores import CosineScore, LinearScore, check_scoring, scoring
 
 
@@ -134,5 +134,6 @@ def expert_choice(config: MoEConfig, *, score: str = "linear", **options: Any) -
     kind, part = kinds[score]
     names = {*keyword_names(part), *keyword_names(ExpertChoiceRouter)} - {"model_dim", "num_experts"}
     check_options("router 'expert_choice'", options, {*names, "score"})
+    refuse_settings(config, "expert_choice", "batch_prioritized", "renormalize")
     rules = {"top_k": config.top_k, "capacity_factor": config.capacity_factor, **options}
     return kind(model_dim=config.model_dim, num_experts=config.num_experts, **rules)

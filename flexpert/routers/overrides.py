@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexpert.core.context import RoutingContext
-from flexpert.core.errors import InputError
+from flexpert.core.config import MoEConfig
+from flexpert.core.context import RoutingContext, same_shape
+from flexpert.core.errors import ConfigError, InputError
 from flexpert.core.unset import UNSET
 
 
@@ -19,7 +20,7 @@ def allowed_experts(context: RoutingContext, logits_TE: Tensor) -> Tensor | None
     mask = context.expert_mask
     if mask is None:
         return None
-    if mask.shape not in (logits_TE.shape, logits_TE.shape[1:]):
+    if not (same_shape(mask.shape, logits_TE.shape) or same_shape(mask.shape, logits_TE.shape[1:])):
         raise InputError(
             f"expert_mask has shape {tuple(mask.shape)}; expected ({logits_TE.shape[1]},) or "
             f"{tuple(logits_TE.shape)}"
@@ -45,3 +46,17 @@ def refuse(context: RoutingContext, router: str, *names: str) -> None:
         if value is not None and value is not UNSET:
             shown = tuple(value.shape) if isinstance(value, Tensor) else value
             raise InputError(f"{name}={shown!r}: {router} has no use for it; leave it out")
+
+
+def refuse_settings(config: MoEConfig, router: str, *names: str) -> None:
+    """Raise `ConfigError` where a layer's config asks for something that a router cannot do.
+
+    Args:
+        config: of the layer.
+        router: name of what refuses, for the message.
+        names: fields of the config; None or False in one asks for nothing.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value is not False:
+            raise ConfigError(f"{name}={value!r}: router {router!r} has no use for it; leave it out")

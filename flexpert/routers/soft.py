@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from flexpert.core.config import MoEConfig, require_bool, require_int
 from flexpert.core.context import RoutingContext
-from flexpert.core.errors import ConfigError, InputError
+from flexpert.core.errors import InputError
 from flexpert.core.registry import ROUTERS, check_options, keyword_names
 from flexpert.core.routing import DenseRouting
 
 from .base import Router
-from .overrides import refuse
+from .overrides import refuse, refuse_settings
 from .scores import normal_parameter, routing_dtype
 
 
@@ -51,9 +51,7 @@ class SoftRouter(Router):
         group = tokens // context.num_groups
         length = context.sequence_length or max(group, 1)
         if group % length:
-            raise InputError(
-                f"sequence_length={length} does not divide the {group} tokens of a token group"
-            )
+            raise InputError(f"sequence_length={length} does not divide the {group} tokens of a token group")
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TP = self._logits(x_TD)
             logits_BSP = logits_TP.view(-1, length, logits_TP.shape[-1])
@@ -96,8 +94,5 @@ def soft(config: MoEConfig, **options: Any) -> Router:
     """Soft MoE; see `SoftRouter` for the options."""
     names = set(keyword_names(SoftRouter)) - {"model_dim", "num_experts"}
     check_options("router 'soft'", options, names)
-    if config.capacity_factor is not None or config.batch_prioritized:
-        raise ConfigError(
-            "router 'soft' drops nothing: leave capacity_factor=None and batch_prioritized=False"
-        )
+    refuse_settings(config, "soft", "capacity_factor", "batch_prioritized", "renormalize")
     return SoftRouter(model_dim=config.model_dim, num_experts=config.num_experts, **options)

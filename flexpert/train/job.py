@@ -74,6 +74,8 @@ def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     from .vision import VisionTask
 
     check_options("evaluate", overrides, ("top_k", "capacity_factor"))
+    if not Path(folder).is_dir():
+        raise ConfigError(f"there is no run {folder}; `flexpert train` makes runs")
     model_folder = Path(folder) / "model"
     if not (model_folder / "config.json").exists():
         raise ConfigError(

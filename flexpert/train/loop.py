@@ -43,7 +43,7 @@ def fit(task: Task, config: TrainConfig, folder: Path, writer: MetricsWriter, re
         Seconds spent in training, those of earlier parts of an interrupted run included.
     """
     optimizer = torch.optim.AdamW(
-        task.parameter_groups(config.optimizer.weight_decay), lr=config.optimizer.lr
+        task.parameter_groups(config.optimizer.weight_decay), lr=config.optimizer.lr, fused=True
     )
     start, before = _resume(task, optimizer, folder)
     writer.rewind(start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError
@@ -45,6 +47,8 @@ class VisionTask:
 
     def __init__(self, config: TrainConfig, model: SwinV2MoEForImageClassification | None = None) -> None:
         self.config = config
+        if not sys.stderr.isatty():
+            disable_progress_bar()  # of transformers: bars are for terminals
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dataset = load_dataset(config)
         self.model = build_model(config) if model is None else model
@@ -72,11 +76,10 @@ class VisionTask:
         smoothing = self.config.optimizer.label_smoothing
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         metrics = {"accuracy": (logits.detach().argmax(-1) == labels).float().mean()}
-        vision = self.model.config
         if scope.infos:
-            balance = scope.losses[vision.balance_loss].mean()
-            loss = loss + vision.balance_weight * balance
-            metrics[vision.balance_loss] = balance.detach()
+            loss = loss + self.model.weighted_balance_loss(scope.losses)
+            name = self.model.config.balance_loss
+            metrics[name] = scope.losses[name].detach().mean()
         return StepResult(loss, metrics, scope.stats)
 
     @torch.no_grad()

@@ -316,7 +316,7 @@ def test_another_classifier_for_fine_tuning(saved):
 
 
 def test_flexpert_alone_does_not_import_transformers():
-    code = "import sys, flexpert; raise SystemExit('transformers' in sys.modules or 'flexpert.models' in sys.modules)"
+    code = "import sys, flexpert; raise SystemExit(any('transformers' in name for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -57,7 +57,9 @@ def test_forced_backend_runs_and_is_left(call, monkeypatch):
 
 
 def test_unknown_backend_lists_the_options():
-    with pytest.raises(ConfigError, match="backend='cuda' is unknown; choose one of: reference, portable"):
+    with pytest.raises(
+        ConfigError, match="backend='cuda' is unknown; choose one of: reference, grouped_mm, portable"
+    ):
         with ops.use_backend("cuda"):
             pass
 

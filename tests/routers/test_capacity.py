@@ -127,7 +127,7 @@ def masked_routing(capacity_factor, *, tokens=64, num_experts=8, top_k=2, priori
     x = torch.randn(tokens, 6, dtype=torch.float64)
     context = RoutingContext(mask=torch.rand(tokens) > 0.2, num_groups=groups)
     _, info = layer(x, context=context, return_info=True)
-    return info, context, layer
+    return info, context
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -136,7 +136,7 @@ def masked_routing(capacity_factor, *, tokens=64, num_experts=8, top_k=2, priori
 @pytest.mark.parametrize("factor", FACTORS)
 def test_who_is_dropped(factor, top_k, prioritized, groups):
     """A dropped choice finds its expert full, of rows no less important: for every sign of the factor."""
-    info, context, layer = masked_routing(factor, top_k=top_k, prioritized=prioritized, groups=groups)
+    info, context = masked_routing(factor, top_k=top_k, prioritized=prioritized, groups=groups)
     routing, tokens = info.routing, 64
     ids_TK = routing.aux["ids_TK"]
     best_T = routing.probs_TE.detach().max(-1).values
@@ -170,8 +170,8 @@ def test_who_is_dropped(factor, top_k, prioritized, groups):
 
 def test_a_negative_factor_keeps_the_rows_of_its_absolute_value():
     for prioritized in (False, True):
-        fixed, _, _ = masked_routing(0.5, prioritized=prioritized)
-        adaptive, _, _ = masked_routing(-0.5, prioritized=prioritized)
+        fixed, _ = masked_routing(0.5, prioritized=prioritized)
+        adaptive, _ = masked_routing(-0.5, prioritized=prioritized)
         assert tokens_of(fixed.routing) == tokens_of(adaptive.routing)
         assert torch.equal(fixed.stats.dropped, adaptive.stats.dropped)
 
@@ -179,7 +179,7 @@ def test_a_negative_factor_keeps_the_rows_of_its_absolute_value():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("factor", [0.5, -1.25, 2.0])
 def test_buffers_hold_the_rows(factor, groups):
-    info, _, _ = masked_routing(factor, groups=groups)
+    info, _ = masked_routing(factor, groups=groups)
     routing = info.routing
     assert isinstance(routing, CapacityRouting)
     total = int(routing.counts_E.sum())
@@ -194,7 +194,7 @@ def test_buffers_hold_the_rows(factor, groups):
 
 
 def test_dropless_has_no_buffer():
-    info, _, _ = masked_routing(None)
+    info, _ = masked_routing(None)
     assert not isinstance(info.routing, CapacityRouting)
     assert info.stats.capacity == 0
 

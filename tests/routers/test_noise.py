@@ -41,7 +41,9 @@ def unmix(z):
 
 def test_mix_is_the_published_function():
     values = [0, 1, 2, 12345, -1, -(2**63), 2**63 - 1, 987654321987654321]
-    assert noise.mix(torch.tensor(values)).tolist() == [signed(mix_in_whole_numbers(v % WORD)) for v in values]
+    assert noise.mix(torch.tensor(values)).tolist() == [
+        signed(mix_in_whole_numbers(v % WORD)) for v in values
+    ]
     assert [unmix(mix_in_whole_numbers(v % WORD)) for v in values] == [v % WORD for v in values]
 
 
@@ -51,6 +53,17 @@ def test_uniform_never_reaches_its_ends():
         value = noise.uniform(torch.tensor(0), counter)
         assert 0 < value < 1
         assert noise.normal(torch.tensor(0), torch.arange(3)).isfinite().all()
+
+
+def test_uniform_is_its_formula_in_whole_numbers():
+    key, counters = 987654321, [0, 1, 2, 12345, 2**40]
+    want = [((mix_in_whole_numbers(mix_in_whole_numbers(c) + key) >> 41) + 0.5) / 2**23 for c in counters]
+    assert noise.uniform(torch.tensor(key), torch.tensor(counters)).tolist() == want
+
+
+def test_neighbouring_keys_give_no_shifted_streams():
+    one, next_one = (noise.uniform(torch.tensor(key), torch.arange(1000)) for key in (8, 9))
+    assert not torch.isin(one, next_one).sum() > 5  # values of 23 bits may meet by chance
 
 
 def test_uniform_is_uniform():

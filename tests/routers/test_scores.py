@@ -76,7 +76,9 @@ def test_cosine():
 
 
 def test_cosine_temperature_is_learned_down_to_its_floor():
-    router = CosineRouter(model_dim=6, num_experts=5, proj_dim=4, temperature=0.5, min_temperature=0.1).double()
+    router = CosineRouter(
+        model_dim=6, num_experts=5, proj_dim=4, temperature=0.5, min_temperature=0.1
+    ).double()
     x = tokens()
     cosine = router.score(x, NOTHING) * 0.5
     router.score(x, NOTHING).square().sum().backward()

@@ -49,7 +49,9 @@ def order_of(row):
     return sorted(range(len(row)), key=lambda e: -row[e])
 
 
-shapes = given(tokens=st.integers(0, 12), num_experts=st.integers(1, 9), seed=st.integers(0, 99), data=st.data())
+shapes = given(
+    tokens=st.integers(0, 12), num_experts=st.integers(1, 9), seed=st.integers(0, 99), data=st.data()
+)
 
 
 @settings(max_examples=50)
@@ -95,6 +97,12 @@ def test_top_p(tokens, num_experts, seed, p, max_k):
             mass += row[e]
         want.append(taken[:max_k])
     assert select(TopP(p=p, max_k=max_k), ranking_TE) == want
+
+
+def test_top_p_keeps_the_expert_that_crosses_p():
+    ranking_TE = torch.tensor([[0.5, 0.25, 0.125, 0.125]])  # whose sums are exact
+    sizes = [len(select(TopP(p=p), ranking_TE)[0]) for p in (0.0, 0.49, 0.5, 0.75, 0.8, 0.875, 1.0)]
+    assert sizes == [1, 1, 2, 3, 3, 4, 4]
 
 
 def test_top_p_grows_with_p_and_takes_one_where_one_suffices():
@@ -148,7 +156,9 @@ def test_group_limited(tokens, groups, size, group_top, forbid, seed, data):
     for row in ranking_TE.tolist():
         members = {g: [e for e in range(g * size, (g + 1) * size) if row[e] > NOBODY] for g in range(groups)}
         totals = {
-            g: sum(sorted((row[e] for e in ids), reverse=True)[:group_top]) for g, ids in members.items() if ids
+            g: sum(sorted((row[e] for e in ids), reverse=True)[:group_top])
+            for g, ids in members.items()
+            if ids
         }
         best = sorted(totals, key=lambda g: -totals[g])[:kept]
         open_to_it = [e for g in best for e in members[g]]
@@ -223,7 +233,10 @@ def test_nan_stays_in_its_token(name):
         ({"name": "group_limited", "groups": 3, "groups_kept": 1}, "groups=3 does not divide num_experts=4"),
         ({"name": "group_limited", "groups": 2, "groups_kept": 3}, "groups_kept=3 exceeds groups=2"),
         ({"name": "group_limited", "groups": 4, "groups_kept": 1}, "top_k=2 exceeds the 1 experts"),
-        ({"name": "group_limited", "groups": 2, "groups_kept": 1, "group_top": 0}, "group_top=0: expected an int"),
+        (
+            {"name": "group_limited", "groups": 2, "groups_kept": 1, "group_top": 0},
+            "group_top=0: expected an int",
+        ),
         (7, "selection=7: expected a name or a dict"),
     ],
 )
@@ -237,12 +250,12 @@ def test_bad_options(selection, message):
 
 @pytest.mark.parametrize("name", ["top_p", "threshold"])
 def test_a_varying_number_of_experts_reaches_the_statistics(name):
-    selection = {"name": "threshold", "threshold": 0.3} if name == "threshold" else {"name": "top_p", "p": 0.5}
+    selection = (
+        {"name": "threshold", "threshold": 0.3} if name == "threshold" else {"name": "top_p", "p": 0.5}
+    )
     torch.manual_seed(0)
     layer = MoE(
-        MoEConfig(
-            model_dim=4, hidden_dim=4, num_experts=4, router={"name": "linear", "selection": selection}
-        )
+        MoEConfig(model_dim=4, hidden_dim=4, num_experts=4, router={"name": "linear", "selection": selection})
     )
     x = torch.randn(50, 4)
     _, info = layer(x, return_info=True)

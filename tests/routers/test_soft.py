@@ -144,9 +144,13 @@ def test_dropless_is_what_soft_routing_is():
     [
         ({"router": {"name": "soft", "slots_per_expert": 0}}, "slots_per_expert=0: expected an integer >= 1"),
         ({"router": {"name": "soft", "normalize": 1}}, "normalize=1: expected True or False"),
-        ({"router": {"name": "soft", "slots": 2}}, "router 'soft': unknown option 'slots'; valid: normalize, slots_per_expert"),
-        ({"capacity_factor": 1.0}, "router 'soft' drops nothing"),
-        ({"batch_prioritized": True}, "router 'soft' drops nothing"),
+        (
+            {"router": {"name": "soft", "slots": 2}},
+            "router 'soft': unknown option 'slots'; valid: normalize, slots_per_expert",
+        ),
+        ({"capacity_factor": 1.0}, "capacity_factor=1.0: router 'soft' has no use for it"),
+        ({"batch_prioritized": True}, "batch_prioritized=True: router 'soft' has no use for it"),
+        ({"renormalize": True}, "renormalize=True: router 'soft' has no use for it"),
         ({"combine": "weighted_input"}, "WeightedInput weighs choices, and SoftRouter makes none"),
         ({"combine": "one_plus"}, "OnePlus weighs choices"),
         ({"combine": {"name": "scaled", "hard": True}}, "Scaled weighs choices"),

@@ -190,7 +190,10 @@ def test_a_token_without_an_expert_goes_nowhere():
         ({"top_k": None}, "top_k=None"),
         ({"capacity_factor": float("nan")}, "capacity_factor=nan: expected None"),
         ({"capacity_factor": "1.0"}, "capacity_factor='1.0'"),
-        ({"expert_mask": torch.ones(E - 1, dtype=torch.bool)}, r"expert_mask has shape \(7,\); expected \(8,\) or"),
+        (
+            {"expert_mask": torch.ones(E - 1, dtype=torch.bool)},
+            r"expert_mask has shape \(7,\); expected \(8,\) or",
+        ),
     ],
 )
 def test_overrides_that_do_not_fit(facts, message):
@@ -224,7 +227,11 @@ def test_bad_options(options, message):
 
 def test_options_of_a_config_reach_the_router_and_unknown_ones_are_refused():
     config = MoEConfig(
-        model_dim=D, hidden_dim=4, num_experts=E, top_k=2, router={"name": "linear", "gate_noise": 0.5, "top_k": 3}
+        model_dim=D,
+        hidden_dim=4,
+        num_experts=E,
+        top_k=2,
+        router={"name": "linear", "gate_noise": 0.5, "top_k": 3},
     )
     layer = config.build()
     assert (layer.router.gate_noise, layer.router.top_k) == (0.5, 3)
@@ -244,7 +251,9 @@ def test_a_router_of_ones_own_needs_a_score_alone():
         def score(self, x_TD, context):
             return x_TD[:, : self.num_experts].float()
 
-    layer = MoE(router=First(model_dim=D, num_experts=3), experts=MLPExperts(num_experts=3, model_dim=D, hidden_dim=4))
+    layer = MoE(
+        router=First(model_dim=D, num_experts=3), experts=MLPExperts(num_experts=3, model_dim=D, hidden_dim=4)
+    )
     x = tokens()
     _, info = layer(x, return_info=True)
     assert torch.equal(info.routing.aux["ids_TK"][:, 0], x[:, :3].argmax(1))

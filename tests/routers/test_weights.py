@@ -52,7 +52,9 @@ def test_straight_through_is_one_with_the_relative_gradient():
 @pytest.mark.parametrize("renormalize", [False, True, "always"])
 def test_a_single_expert_leaves_the_gate_its_gradient_unless_asked(renormalize):
     torch.manual_seed(0)
-    layer = MoE(MoEConfig(model_dim=4, hidden_dim=6, num_experts=3, top_k=1, renormalize=renormalize)).double()
+    layer = MoE(
+        MoEConfig(model_dim=4, hidden_dim=6, num_experts=3, top_k=1, renormalize=renormalize)
+    ).double()
     layer(torch.randn(8, 4, dtype=torch.float64)).square().sum().backward()
     norm = layer.router.weight.grad.norm()
     assert (norm > 1e-3) == (renormalize != "always")

@@ -171,6 +171,8 @@ def test_evaluate_repeats_the_accuracy_and_trades_it(settings: list[str]) -> Non
 
 
 def test_evaluate_says_what_it_cannot_do(settings: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no run"):
+        evaluate(tmp_path / "none", {})
     with pytest.raises(ConfigError, match="no saved model"):
         evaluate(tmp_path, {})
     run = Path(train(config(settings, "model.num_experts=0"))["run"])

@@ -1,0 +1,87 @@
+"""The public names: a change here is a change for everybody who uses them."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+import flexpert
+
+NAMES = {
+    "flexpert": [
+        "UNSET",
+        "BiasBalancer",
+        "CapacityRouting",
+        "CheckpointError",
+        "ConfigError",
+        "DenseRouting",
+        "DistributedError",
+        "FlexpertError",
+        "InputError",
+        "MoE",
+        "MoEConfig",
+        "MoEInfo",
+        "Routing",
+        "RoutingContext",
+        "RoutingStats",
+        "__version__",
+        "routing_scope",
+    ],
+    "flexpert.balancers": ["BiasBalancer"],
+    "flexpert.experts": [
+        "ConstantExperts",
+        "CopyExperts",
+        "ExpertBank",
+        "ExpertBatch",
+        "GLUExperts",
+        "MLPExperts",
+        "MixedExperts",
+        "ModuleExperts",
+        "SharedExpert",
+        "ZeroExperts",
+        "build_experts",
+        "build_shared",
+    ],
+    "flexpert.losses": [
+        "balance",
+        "balance_first_choice",
+        "build_losses",
+        "entropy",
+        "importance_load",
+        "z_loss",
+    ],
+    "flexpert.routers": [
+        "CosineRouter",
+        "ExpertChoiceRouter",
+        "HashRouter",
+        "LinearRouter",
+        "Router",
+        "SoftRouter",
+        "TokenChoiceRouter",
+        "build_router",
+    ],
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_are_these_and_exist(module):
+    room = importlib.import_module(module)
+    assert sorted(room.__all__) == sorted(NAMES[module])
+    for name in room.__all__:
+        assert getattr(room, name) is not None
+
+
+def test_names_for_configs():
+    from flexpert.combine import COMBINES
+    from flexpert.core.registry import EXPERTS, LOSSES, ROUTERS
+
+    assert {"cosine", "expert_choice", "hash", "linear", "soft"} <= set(ROUTERS.names())
+    assert {"constant", "copy", "glu", "mlp", "zero"} <= set(EXPERTS.names())
+    assert {"balance", "balance_first_choice", "entropy", "importance_load", "z"} <= set(LOSSES.names())
+    assert sorted(COMBINES) == ["one_plus", "scaled", "sum", "weighted_input"]
+
+
+def test_version():
+    major, minor, patch = flexpert.__version__.split(".")
+    assert (major + minor + patch).isdigit()
