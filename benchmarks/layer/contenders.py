@@ -1,7 +1,7 @@
 """What is compared: each builds, from a problem, a function of no arguments that returns the layer's output.
 
-All start from the same expert ids, weights and drops, and sort or group by themselves; "layer" alone also
-runs its router. "dense" is no layer: the same useful FLOPs as two plain products of large matrices.
+All start from the same expert ids, weights and drops, and sort or group by themselves; the whole layer alone
+also runs its router. "dense" is no layer: the same useful FLOPs as two plain products of large matrices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexpert import ops
+from flexpert import MoEConfig, ops
 
 from .problem import Problem
 
@@ -53,6 +53,25 @@ def ours(problem: Problem) -> Step:
         )  # fmt: skip
 
     return step
+
+
+def layer(problem: Problem) -> Step:
+    """A whole `flexpert.MoE`, router included, with the problem's expert weights."""
+    shape = problem.shape
+    config = MoEConfig(
+        model_dim=shape.model_dim,
+        hidden_dim=shape.hidden_dim,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        expert="glu" if shape.gated else "mlp",
+        activation=shape.activation,
+        capacity_factor=shape.capacity_factor,
+    )
+    with torch.device("meta"):
+        moe = config.build()
+    moe = moe.to(problem.dtype)
+    parameters = {"router.weight": problem.router_ED, "experts.w1": problem.w1, "experts.w2": problem.w2}
+    return lambda: torch.func.functional_call(moe, parameters, (problem.x_TD,))
 
 
 def dense(problem: Problem) -> Step:
@@ -162,6 +181,7 @@ def einsum(problem: Problem) -> Step | None:
 
 CONTENDERS: dict[str, Callable[[Problem], Step | None]] = {
     "ours": ours,
+    "ours, whole layer": layer,
     "dense": dense,
     "sort + loop": sort_loop,
     "F.grouped_mm": grouped_mm,

@@ -50,6 +50,7 @@ class Problem:
     shape: Shape
     dtype: torch.dtype
     x_TD: Tensor
+    router_ED: Tensor
     id_TK: Tensor
     weight_TK: Tensor
     w1: Tensor
@@ -64,7 +65,7 @@ class Problem:
     @property
     def leaves(self) -> list[Tensor]:
         """Tensors that get a gradient."""
-        return [self.x_TD, self.weight_TK, self.w1, self.w2]
+        return [self.x_TD, self.router_ED, self.weight_TK, self.w1, self.w2]
 
 
 def make_problem(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Problem:
@@ -77,8 +78,8 @@ def make_problem(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Problem:
     model_dim, hidden_dim, num_experts = shape.model_dim, shape.hidden_dim, shape.num_experts
     inner = (2, hidden_dim) if shape.gated else (hidden_dim,)
     x_TD = normal(shape.tokens, model_dim, scale=1.0)
-    router_ED = torch.randn(num_experts, model_dim, generator=generator) * model_dim**-0.5
-    weight_TK, id_TK = torch.softmax(x_TD.float() @ router_ED.T, 1).topk(shape.top_k)
+    router_ED = normal(num_experts, model_dim, scale=model_dim**-0.5)
+    weight_TK, id_TK = torch.softmax(x_TD.float() @ router_ED.float().T, 1).topk(shape.top_k)
     if shape.capacity_factor is not None:
         fair = -(-shape.tokens // num_experts)
         capacity = shape.top_k * max(1, int(shape.capacity_factor * fair))
@@ -90,6 +91,7 @@ def make_problem(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Problem:
         shape=shape,
         dtype=dtype,
         x_TD=x_TD.requires_grad_(),
+        router_ED=router_ED.requires_grad_(),
         id_TK=id_TK,
         weight_TK=weight_TK.requires_grad_(),
         w1=normal(num_experts, *inner, model_dim, scale=model_dim**-0.5).requires_grad_(),

@@ -20,7 +20,11 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         cells = [name]
         for direction in ("forward", "forward+backward"):
             row = pair[direction]
-            cells += [f"{row['median_ms']:.1f}", f"{row['spread_percent']:.0f} %", f"{row['percent_of_dense']:.0f}"]
+            cells += [
+                f"{row['median_ms']:.1f}",
+                f"{row['spread_percent']:.0f} %",
+                f"{row['percent_of_dense']:.0f}",
+            ]
         peak = pair["forward+backward"]["peak_mib"]
         cells.append("-" if peak is None else f"{peak:.0f}")
         lines.append(f"| {' | '.join(cells)} |")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import library
 from .activations import ACTIVATIONS, Activation, get_activation
+from .library import OPERATORS
 from .select import override, report, use_backend
 
 __all__ = [
@@ -28,11 +28,11 @@ __all__ = [
     "use_backend",
 ]
 
-_assign = torch.ops.flexpert.assign.default
-_gather_rows = torch.ops.flexpert.gather_rows.default
-_grouped_linear = torch.ops.flexpert.grouped_linear.default
-_scatter_combine = torch.ops.flexpert.scatter_combine.default
-_grouped_mlp = torch.ops.flexpert.grouped_mlp.default
+_assign = OPERATORS.assign.default
+_gather_rows = OPERATORS.gather_rows.default
+_grouped_linear = OPERATORS.grouped_linear.default
+_scatter_combine = OPERATORS.scatter_combine.default
+_grouped_mlp = OPERATORS.grouped_mlp.default
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:

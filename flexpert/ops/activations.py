@@ -28,7 +28,7 @@ class Activation:
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation(
         forward=F.gelu,
-        backward=lambda grad, pre: _aten.gelu_backward(grad, pre),
+        backward=_aten.gelu_backward,
     ),
     "gelu_tanh": Activation(
         forward=lambda pre: F.gelu(pre, approximate="tanh"),
@@ -48,7 +48,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "silu": Activation(
         forward=F.silu,
-        backward=lambda grad, pre: _aten.silu_backward(grad, pre),
+        backward=_aten.silu_backward,
     ),
     "squared_relu": Activation(
         forward=lambda pre: torch.relu(pre).square(),

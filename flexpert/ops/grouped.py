@@ -1,4 +1,4 @@
-"""Operators through `F.grouped_mm`, for devices that a host must not wait for: every shape is known beforehand.
+"""Operators through `F.grouped_mm`, for devices a host must not wait for: every shape is known beforehand.
 
 Rows past the total, or of an expert that is in no slot, are masked where they enter and where they leave.
 """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexpert.core.errors import FlexpertError
+
 from . import select
 from .products import slack
 
@@ -45,6 +46,7 @@ _SCHEMAS = {
 }
 
 LIBRARY = torch.library.Library("flexpert", "DEF")
+OPERATORS = torch.ops.flexpert
 
 
 def _dispatcher(name: str) -> Callable[..., Any]:
@@ -189,7 +191,7 @@ def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     unit, counts = ctx.saved_tensors
-    return torch.ops.flexpert.gather_rows_backward(grad, unit, counts, ctx.num_units), None, None
+    return OPERATORS.gather_rows_backward(grad, unit, counts, ctx.num_units), None, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -199,7 +201,7 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.flexpert.grouped_linear_backward(grad, *ctx.saved_tensors, needs)
+    gradients = OPERATORS.grouped_linear_backward(grad, *ctx.saved_tensors, needs)
     return *_given(gradients, needs), None, None
 
 
@@ -209,7 +211,7 @@ def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-    gradients = torch.ops.flexpert.scatter_combine_backward(grad, *ctx.saved_tensors, needs)
+    gradients = OPERATORS.scatter_combine_backward(grad, *ctx.saved_tensors, needs)
     d_rows, d_weight = _given(gradients, needs)
     return d_rows, None, d_weight, None, None, None
 
@@ -229,7 +231,7 @@ def _backward_mlp(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any,
         return (None,) * 11
     need = ctx.needs_input_grad
     needs = [need[0], need[2], need[5], need[6], need[7], need[8]]
-    gradients = torch.ops.flexpert.grouped_mlp_backward(grad, *ctx.saved_tensors, ctx.activation, needs)
+    gradients = OPERATORS.grouped_mlp_backward(grad, *ctx.saved_tensors, ctx.activation, needs)
     d_x, d_weight, d_w1, d_b1, d_w2, d_b2 = _given(gradients, needs)
     return d_x, None, d_weight, None, None, d_w1, d_b1, d_w2, d_b2, None, None
 

@@ -32,6 +32,7 @@ def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None) -> tuple[Ten
 
 
 def gather_rows(x_TD: Tensor, unit_N: Tensor, counts_E: Tensor) -> Tensor:
+    """Zeros past the total."""
     total = int(counts_E.sum())
     rows_ND = x_TD.new_empty(len(unit_N), x_TD.shape[1])
     torch.index_select(x_TD, 0, unit_N[:total], out=rows_ND[:total])
@@ -40,12 +41,14 @@ def gather_rows(x_TD: Tensor, unit_N: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def gather_rows_backward(grad_ND: Tensor, unit_N: Tensor, counts_E: Tensor, num_units: int) -> Tensor:
+    """The sum over the rows of each unit."""
     return scatter_combine(grad_ND, unit_N, None, counts_E, num_units, grad_ND.dtype)
 
 
 def grouped_linear(
     rows_ND: Tensor, w_SFD: Tensor, b_SF: Tensor | None, counts_E: Tensor, slot_E: Tensor | None
 ) -> Tensor:
+    """One product per expert."""
     total, dtype = len(rows_ND), rows_ND.dtype
     y_NF = empty(rows_ND, (total + slack(dtype), w_SFD.shape[1]))
     for slot, start, stop in segments(counts_E, slot_E, absent=True):
@@ -101,6 +104,7 @@ def scatter_combine(
     num_units: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    """The weighted sum over the rows of each unit."""
     total = int(counts_E.sum())
     weight = None if weight_N is None else weight_N[:total]
     rows = rows_NO if dtype == rows_NO.dtype else rows_NO[:total].to(wide(rows_NO.dtype))

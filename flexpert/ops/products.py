@@ -49,8 +49,10 @@ def pad_rows(rows_ND: Tensor) -> Tensor:
 
 
 def turning_pays(size: int, dtype: torch.dtype) -> bool:
-    """Whether W x^T is faster than x W^T: oneDNN then does not re-order the weights, but the result has to be
-    transposed."""
+    """Whether W x^T is faster than x W^T.
+
+    oneDNN then does not re-order the weights, but the result has to be transposed.
+    """
     return dtype.itemsize == 2 and size < TURN_BELOW
 
 

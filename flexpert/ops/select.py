@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flexpert.core.errors import ConfigError, InputError
+
 from . import grouped, portable, portable_mlp, reference
 
 Kernel = Callable[..., Any]

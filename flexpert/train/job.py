@@ -69,8 +69,6 @@ def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: no such run, no saved model, or an unknown override.
     """
-    from flexpert.models.swinv2_moe import SwinV2MoEForImageClassification
-
     from .vision import VisionTask
 
     check_options("evaluate", overrides, ("top_k", "capacity_factor"))
@@ -83,7 +81,7 @@ def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
         )
     config = _stored_config(Path(folder))
     _prepare(config)
-    task = VisionTask(config, SwinV2MoEForImageClassification.from_pretrained(model_folder))
+    task = VisionTask.from_saved(config, model_folder)
     if overrides and not any(isinstance(module, MoE) for module in task.model.modules()):
         raise ConfigError(f"{folder} is a dense model: {', '.join(overrides)} would change nothing")
     began = time.perf_counter()

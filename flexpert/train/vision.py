@@ -47,8 +47,7 @@ class VisionTask:
 
     def __init__(self, config: TrainConfig, model: SwinV2MoEForImageClassification | None = None) -> None:
         self.config = config
-        if not sys.stderr.isatty():
-            disable_progress_bar()  # of transformers: bars are for terminals
+        _quieten_transformers()
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dataset = load_dataset(config)
         self.model = build_model(config) if model is None else model
@@ -63,6 +62,16 @@ class VisionTask:
         )
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.tokens_per_step = self.batches.batch_size * (vision.image_size // vision.patch_size) ** 2
+
+    @classmethod
+    def from_saved(cls, config: TrainConfig, folder: Path) -> VisionTask:
+        """The task with the model that `save` wrote.
+
+        Raises:
+            CheckpointError: a damaged or foreign file.
+        """
+        _quieten_transformers()
+        return cls(config, SwinV2MoEForImageClassification.from_pretrained(folder))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW."""
@@ -125,6 +134,12 @@ def build_model(config: TrainConfig) -> SwinV2MoEForImageClassification:
     if "preset" not in settings:
         raise ConfigError("model.preset is missing; expected one of tiny, small, base")
     return SwinV2MoEForImageClassification(preset(settings.pop("preset"), **settings))
+
+
+def _quieten_transformers() -> None:
+    """Its progress bars are for terminals."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
 
 def _shares(stats: RoutingStats) -> list[float]:

@@ -36,7 +36,8 @@ def test_forward_and_derivative(name: str) -> None:
     (d_x,) = torch.autograd.grad(want, x, grad)
     kept = grad.clone()
     torch.testing.assert_close(act.backward(grad, x.detach()), d_x, rtol=1e-11, atol=1e-11)
-    assert torch.equal(x.detach(), before) and torch.equal(grad, kept)
+    assert torch.equal(x.detach(), before)
+    assert torch.equal(grad, kept)
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))

@@ -1,4 +1,4 @@
-"""The backend for devices, run on the CPU: against the naive loops, and without reading a value on the host."""
+"""The backend for devices, run on the CPU: against the naive loops, and without a value read on the host."""
 
 from __future__ import annotations
 
@@ -83,8 +83,9 @@ def test_nothing_depends_on_a_value(make_case):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     case = make_case(model_dim=16, hidden_dim=16, slots=(1, -1, 0, 2), dtype=torch.bfloat16, gated=True)
-    with FakeTensorMode() as mode:
-        args = [mode.from_tensor(a.detach()) if torch.is_tensor(a) else a for a in case.args]
+    mode = FakeTensorMode()
+    args = [mode.from_tensor(a.detach()) if torch.is_tensor(a) else a for a in case.args]
+    with mode:
         kernels = select.GROUPED_MM.kernels
         y, pre = kernels["grouped_mlp"](*args, True)
         kernels["assign"](args[1], 4, args[3])

@@ -126,10 +126,12 @@ def test_expanded_gradients_are_accepted(make_case):
 def test_inputs_of_any_strides(make_case):
     case = make_case(tokens=6, model_dim=8, hidden_dim=4, counts=(5, 7), gated=True)
     want = ops.grouped_mlp(*case.args)
-    odd = {name: leaf.detach().mT.contiguous().mT if leaf.dim() > 1 else leaf.detach().repeat_interleave(2)[::2]
-           for name, leaf in case.leaves.items()}  # fmt: skip
-    for leaf in odd.values():
-        leaf.requires_grad_()
+
+    def strided(leaf):
+        leaf = leaf.detach()
+        return leaf.mT.contiguous().mT if leaf.dim() > 1 else leaf.repeat_interleave(2)[::2]
+
+    odd = {name: strided(leaf).requires_grad_() for name, leaf in case.leaves.items()}
     got = ops.grouped_mlp(
         odd["x_TD"], case.unit_N, odd["weight_N"], case.counts_E, None,
         odd["w1"], odd["b1"], odd["w2"], odd["b2"], case.activation,

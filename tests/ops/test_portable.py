@@ -130,12 +130,15 @@ def test_nothing_reads_the_rows_past_the_total(make_case):
     y = ops.grouped_linear(rows, case.w1, case.b1, case.counts_E)
     out = ops.scatter_combine(rows, case.unit_N, weight, case.counts_E, 7, torch.float64)
     gathered = ops.gather_rows(case.x_TD, case.unit_N, case.counts_E)
-    assert y[total:].eq(0).all() and gathered[total:].eq(0).all()
-    assert out.isfinite().all() and y.isfinite().all()
+    assert y[total:].eq(0).all()
+    assert gathered[total:].eq(0).all()
+    assert out.isfinite().all()
+    assert y.isfinite().all()
     poison = torch.zeros_like(gathered)
     poison[total:] = nan
     grads = torch.autograd.grad([y, out, gathered], [*leaves, case.x_TD], [
         torch.ones_like(y).index_fill(0, torch.arange(total, total + 4), nan), torch.ones_like(out), poison,
     ])  # fmt: skip
     assert all(grad.isfinite().all() for grad in grads)
-    assert grads[0][total:].eq(0).all() and grads[1][total:].eq(0).all()
+    assert grads[0][total:].eq(0).all()
+    assert grads[1][total:].eq(0).all()
