@@ -16,6 +16,7 @@ for _ in range(100):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-print(f"loss {loss.item():.3f}, dropped {info.stats.drop_rate.item():.1%}, load {info.stats.load_E.tolist()}")
+print(f"loss {loss.item():.3f}, dropped {info.stats.drop_rate.item():.1%}")
+print(f"rows of each expert: {info.stats.load_E.tolist()}")
 y, info = moe(x, top_k=4, capacity_factor=None, return_info=True)  # this call only
 print(f"top-4, dropless: dropped {info.stats.drop_rate.item():.1%}")

@@ -255,7 +255,9 @@ def test_backward_after_an_inner_scope_with_a_context_is_refused():
     with routing_scope(net, context=RoutingContext(top_k=2)):
         with routing_scope(net, context=RoutingContext(top_k=1)):
             loss = net(x).square().mean()
-        with pytest.raises(InputError, match=r"call backward\(\) inside the innermost `with` that gave a context"):
+        with pytest.raises(
+            InputError, match=r"call backward\(\) inside the innermost `with` that gave a context"
+        ):
             loss.backward()
 
 
