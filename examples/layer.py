@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer on its own: train it for a moment, then change its routing without retraining."""
+"""A mixture-of-experts layer on its own: train it for a moment, then change its routing for one call."""
 
 import torch
 
