@@ -16,6 +16,7 @@ import torch
 
 from flexpert.core.errors import ConfigError, InputError
 from . import portable, portable_mlp, reference
+from .cpu import backend as cpu
 
 Kernel = Callable[..., Any]
 
@@ -48,8 +49,10 @@ PORTABLE = Backend(
     name="portable", kernels={**portable.KERNELS, **portable_mlp.KERNELS}, verify=_verify_portable
 )
 
+NATIVE = Backend(name="native", kernels=cpu.KERNELS, verify=cpu.verify)
+
 # In order of preference: the first that accepts a call runs it.
-BACKENDS: list[Backend] = [PORTABLE]
+BACKENDS: list[Backend] = [NATIVE, PORTABLE]
 
 _live: dict[tuple[str, str, torch.dtype], Kernel] = {}
 _forced: Backend | None = None
@@ -113,7 +116,7 @@ def use_backend(name: str) -> Iterator[None]:
         ConfigError: no backend of that name; the message lists those there are.
     """
     global _forced, _reference
-    by_name = {backend.name: backend for backend in BACKENDS}
+    by_name = {backend.name: backend for backend in reversed(BACKENDS)}
     if name != "reference" and name not in by_name:
         raise ConfigError(f"backend={name!r} is unknown; choose one of: reference, {', '.join(by_name)}")
     before = _forced, _reference, dict(_live)
