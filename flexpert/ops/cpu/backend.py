@@ -23,8 +23,8 @@ NAMES = ("gelu", "gelu_tanh", "identity", "relu", "sigmoid", "silu", "squared_re
 _NUMBER = {name: number for number, name in enumerate(NAMES)}
 
 # The fields of ForwardCall and BackwardCall: 64-bit integers, tensors by their address, null for none.
-FORWARD = struct.Struct("=23q")
-BACKWARD = struct.Struct("=28q")
+FORWARD = struct.Struct("=22q")
+BACKWARD = struct.Struct("=27q")
 _FAILURES = {
     1: "counts_E adds up to more rows than unit_N has, or has a negative count",
     2: "unit_N has an index outside [0, T)",
@@ -162,13 +162,12 @@ def grouped_mlp(
     dtype = x_TD.dtype
     pre = x_TD.new_empty((len(unit_N), *w1.shape[1:-1]) if save else (0,))
     y_TO = x_TD.new_empty(len(x_TD), w2.shape[1])
-    sums_TO = y_TO if dtype == torch.float32 else torch.empty(y_TO.shape, dtype=torch.float32)
     inputs = (
         _dense(x_TD, dtype), unit_N.contiguous(), _dense(weight_N, torch.float32), counts_E.contiguous(),
         None if slot_E is None else slot_E.contiguous(), w1.contiguous(), _dense(b1, dtype), w2.contiguous(),
         _dense(b2, dtype),
     )  # fmt: skip
-    outputs = pre if save else None, sums_TO, y_TO
+    outputs = pre if save else None, y_TO
     call = FORWARD.pack(
         *_sizes(x_TD, unit_N, counts_E, w1, w2, activation), *map(_address, (*inputs, *outputs))
     )
@@ -200,11 +199,10 @@ def grouped_mlp_backward(
         torch.empty(shape if need else (0,), dtype=kind)
         for shape, need, kind in zip(shapes, needs, dtypes, strict=True)
     ]
-    sums_TD = grads[0] if dtype == torch.float32 or not needs[0] else torch.empty(x_TD.shape)
     inputs = (
         x_TD.contiguous(), unit_N.contiguous(), _dense(weight_N, torch.float32), counts_E.contiguous(),
         None if slot_E is None else slot_E.contiguous(), w1.contiguous(), w2.contiguous(), _dense(b2, dtype),
-        grad_TO.contiguous(), pre.contiguous(), sums_TD,
+        grad_TO.contiguous(), pre.contiguous(),
     )  # fmt: skip
     outputs = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     call = BACKWARD.pack(

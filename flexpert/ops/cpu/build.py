@@ -27,7 +27,7 @@ import torch
 from flexpert.core.errors import ConfigError
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-strict-aliasing")
+FLAGS = ("-std=c++17", "-O3", "-g", "-fPIC", "-fopenmp", "-fno-strict-aliasing")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 UNITS: dict[str, tuple[str, ...]] = {
     "probe": (),

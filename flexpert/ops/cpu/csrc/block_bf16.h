@@ -103,18 +103,19 @@ struct Multiplier {
   Multiplier(const Multiplier&) = delete;
 
   // sums[32][32] = left x right over `count` k blocks, for the first `rows` rows at least.
-  void operator()(const Element* left, const Element* right, index count, float* sums, index rows) const {
+  void operator()(const Element* left, const Element* right, index count, float* sums, index rows,
+                  Ahead ahead = {}) const {
     if (!amx) {
       for (index r = 0; r < rows; r += 8) dot_rows(left + r * BLOCK, right, count, sums + r * BLOCK);
     } else if (rows > 16) {
-      tiles_32(left, right, count, sums);
+      tiles_32(left, right, count, sums, ahead);
     } else {
       tiles_16(left, right, count, sums);
     }
   }
 
  private:
-  static void tiles_32(const Element* left, const Element* right, index count, float* sums) {
+  static void tiles_32(const Element* left, const Element* right, index count, float* sums, Ahead ahead) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -128,6 +129,7 @@ struct Multiplier {
       _tile_loadd(5, left + TILE / 2, 64);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
+      ahead.step();
     }
     _tile_stored(0, sums, 128);
     _tile_stored(1, sums + 16, 128);

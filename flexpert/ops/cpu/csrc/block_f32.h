@@ -78,11 +78,14 @@ struct Multiplier {
   explicit Multiplier(index) {}
 
   // sums[32][32] = left x right over `count` k blocks, for the first `rows` rows at least.
-  void operator()(const float* left, const float* right, index count, float* sums, index rows) const {
-    for (index k = 0; k < count; k += RUN)
+  void operator()(const float* left, const float* right, index count, float* sums, index rows,
+                  Ahead ahead = {}) const {
+    for (index k = 0; k < count; k += RUN) {
+      for (index i = k; i < least(k + RUN, count); ++i) ahead.step();
       for (index r = 0; r < rows; r += 8)
         multiply_rows(left + k * TILE + r * BLOCK, right + k * TILE, least(RUN, count - k), sums + r * BLOCK,
                       k > 0);
+    }
   }
 };
 

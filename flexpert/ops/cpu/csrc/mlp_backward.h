@@ -9,7 +9,7 @@ namespace {
 
 struct BackwardCall {  // in the order of `BACKWARD` in backend.py
   index units, rows, model, hidden, output, experts, slots, gated, activation, threads, amx;
-  index x, unit, weight, counts, slot, w1, w2, b2, grad, pre, sums;
+  index x, unit, weight, counts, slot, w1, w2, b2, grad, pre;
   index d_x, d_weight, d_w1, d_b1, d_w2, d_b2;
 };
 
@@ -36,10 +36,15 @@ class Backward {
     buffer(hidden_right, c.d_w2, rows * hidden * TILE);
     buffer(weight_parts, c.d_weight, rows * hidden * BLOCK);
     buffer(panels, true, c.threads * panel_size());
+    buffer(sums, c.d_x && sizeof(Element) != 4, c.units * c.model);
+    if (sizeof(Element) == 4) sums = pointer<float>(c.d_x);
     return total;
   }
 
   void run() {
+    prefer_huge_pages(c.d_x, c.units * c.model * sizeof(Element));
+    prefer_huge_pages(c.d_w1, c.slots * halves * c.hidden * c.model * sizeof(Element));
+    prefer_huge_pages(c.d_w2, c.slots * c.output * c.hidden * sizeof(Element));
 #pragma omp parallel num_threads(c.threads)
     {
       const Multiplier multiply(c.amx);
@@ -59,19 +64,18 @@ class Backward {
       }
       if (c.d_x) {
 #pragma omp barrier
-        finish(pointer<Element>(c.d_x), pointer<float>(c.sums), c.units * c.model);
+        finish(pointer<Element>(c.d_x), sums, c.units * c.model);
       }
     }
   }
 
  private:
   index panel_size() const {
-    const index depth = halves * hidden * 2;
-    return (output > depth ? output : depth) * TILE;
+    return WIDEST * std::max(output, halves * hidden) * TILE;
   }
 
   void clear_all() const {
-    if (c.d_x) clear(pointer<float>(c.sums), c.units * c.model * sizeof(float));
+    if (c.d_x) clear(sums, c.units * c.model * sizeof(float));
     if (c.d_weight) clear(pointer<float>(c.d_weight), c.rows * sizeof(float));
     const index bias1 = halves * c.hidden * sizeof(Element), bias2 = c.output * sizeof(Element);
     for (index slot = 0; slot < c.slots; ++slot) {
@@ -145,32 +149,40 @@ class Backward {
 
   // g, and all that follows from it elementwise. One task per segment and hidden columns.
   void hidden_gradient(const Wave& wave, const Multiplier& multiply, Element* panel) const {
+    const index width = task_width(hidden, c.threads), groups = (hidden + width - 1) / width;
 #pragma omp for schedule(dynamic)
-    for (index task = 0; task < (index)wave.segments.size() * hidden; ++task) {
-      const Segment& segment = wave.segments[task / hidden];
-      const index column = task % hidden, first = column * BLOCK, width = least(BLOCK, c.hidden - first);
-      alignas(64) float d_bias[2][BLOCK] = {};
-      pack_columns_of_k(panel, pointer<Element>(c.w2) + segment.slot * c.output * c.hidden, c.hidden, c.output,
-                        first);
-      for (index j = 0; j < segment.blocks; ++j) hidden_block(wave, segment, j, column, multiply, panel, d_bias);
-      if (!c.d_b1) continue;
-      for (index half = 0; half < halves; ++half) {
-        Element* target = pointer<Element>(c.d_b1) + (segment.slot * halves + half) * c.hidden + first;
-        for (index i = 0; i < width; i += 16) {
-          Vector sum = _mm512_load_ps(d_bias[half] + i);
-          if (segment.again) sum = _mm512_add_ps(sum, load_row(target + i, width - i));
-          store_row(target + i, sum, width - i);
-        }
+    for (index task = 0; task < (index)wave.segments.size() * groups; ++task) {
+      const Segment& segment = wave.segments[task / groups];
+      const index first = task % groups * width, number = least(width, hidden - first);
+      alignas(64) float d_bias[WIDEST][2][BLOCK] = {};
+      pack_columns_of_k(panel, output, pointer<Element>(c.w2) + segment.slot * c.output * c.hidden, c.hidden,
+                        c.output, first, number);
+      for (index j = 0; j < segment.blocks; ++j)
+        for (index i = 0; i < number; ++i)
+          hidden_block(wave, segment, j, first + i, multiply, panel + i * output * TILE, d_bias[i],
+                       Ahead(dy_left + (segment.first_block + j + 1) * output * TILE, output, i, number));
+      for (index i = 0; c.d_b1 && i < number; ++i) store_bias1(segment, (first + i) * BLOCK, d_bias[i]);
+    }
+  }
+
+  void store_bias1(const Segment& segment, index first, const float (&d_bias)[2][BLOCK]) const {
+    const index width = least(BLOCK, c.hidden - first);
+    for (index half = 0; half < halves; ++half) {
+      Element* target = pointer<Element>(c.d_b1) + (segment.slot * halves + half) * c.hidden + first;
+      for (index i = 0; i < width; i += 16) {
+        Vector sum = _mm512_load_ps(d_bias[half] + i);
+        if (segment.again) sum = _mm512_add_ps(sum, load_row(target + i, width - i));
+        store_row(target + i, sum, width - i);
       }
     }
   }
 
   void hidden_block(const Wave& wave, const Segment& segment, index j, index column, const Multiplier& multiply,
-                    const Element* panel, float (&d_bias)[2][BLOCK]) const {
+                    const Element* panel, float (&d_bias)[2][BLOCK], Ahead ahead) const {
     alignas(64) float grad[TILE], value[TILE], pre[2][TILE];
     const index b = segment.first_block + j, first = column * BLOCK, width = least(BLOCK, c.hidden - first);
     const RowBlock& rows = wave.rows[b];
-    multiply(dy_left + b * output * TILE, panel, output, grad, rows.count);
+    multiply(dy_left + b * output * TILE, panel, output, grad, rows.count, ahead);
     for (index half = 0; half < halves; ++half) {
       const Element* source = pointer<Element>(c.pre) + (rows.start * halves + half) * c.hidden + first;
       for (index r = 0; r < rows.count; ++r, source += halves * c.hidden)
@@ -245,7 +257,8 @@ class Backward {
         for (index row = first; row < least(first + GROUP, all); ++row) {
           const index within = row % left_blocks * BLOCK, height = least(BLOCK, size - within);
           multiply(lefts + row * segment.blocks * TILE, rights + column * segment.blocks * TILE, segment.blocks,
-                   sums, height);
+                   sums, height,
+                   Ahead(rights + (column + 1) * segment.blocks * TILE, segment.blocks, row - first, GROUP));
           Element* place = target + ((segment.slot * parts + row / left_blocks) * size + within) * columns;
           store_block(place + column * BLOCK, columns, height, columns - column * BLOCK, sums, segment.again);
         }
@@ -263,22 +276,22 @@ class Backward {
 
   // A task owns columns of d x, as in the forward pass.
   void input_gradient(const Wave& wave, const Multiplier& multiply, Element* panel) const {
-    alignas(64) float sums[TILE];
+    alignas(64) float block[TILE];
     const index width = task_width(model, c.threads), depth = halves * hidden;
 #pragma omp for schedule(dynamic) nowait
     for (index first = 0; first < model; first += width) {
       const index number = least(width, model - first);
       for (const Segment& segment : wave.segments) {
-        for (index i = 0; i < number; ++i)
-          for (index half = 0; half < halves; ++half)
-            pack_columns_of_k(panel + (i * depth + half * hidden) * TILE,
-                              pointer<Element>(c.w1) + (segment.slot * halves + half) * c.hidden * c.model,
-                              c.model, c.hidden, (first + i) * BLOCK);
+        for (index half = 0; half < halves; ++half)
+          pack_columns_of_k(panel + half * hidden * TILE, depth,
+                            pointer<Element>(c.w1) + (segment.slot * halves + half) * c.hidden * c.model,
+                            c.model, c.hidden, first, number);
         for (index b = segment.first_block; b < segment.first_block + segment.blocks; ++b)
           for (index i = 0; i < number; ++i) {
             const index at = (first + i) * BLOCK;
-            multiply(d_pre_left + b * depth * TILE, panel + i * depth * TILE, depth, sums, wave.rows[b].count);
-            scatter_block(pointer<float>(c.sums) + at, c.model, c.model - at, sums, wave.rows[b], unit(), nullptr,
+            multiply(d_pre_left + b * depth * TILE, panel + i * depth * TILE, depth, block, wave.rows[b].count,
+                     Ahead(d_pre_left + (b + 1) * depth * TILE, depth, i, number));
+            scatter_block(sums + at, c.model, c.model - at, block, wave.rows[b], unit(), nullptr,
                           nullptr);
           }
       }
@@ -290,7 +303,7 @@ class Backward {
   const index halves, model, hidden, output;  // the sizes in blocks
   const bool needs_hidden;
   Element *dy_left, *dy_transposed, *x_right, *d_pre_left, *d_pre_transposed, *hidden_right, *panels;
-  float* weight_parts;
+  float *weight_parts, *sums;  // sums of d x: d x itself in fp32
 };
 
 inline index backward(const BackwardCall& call) {

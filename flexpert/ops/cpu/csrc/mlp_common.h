@@ -2,6 +2,7 @@
 #pragma once
 #include <omp.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "plan.h"
@@ -25,17 +26,30 @@ struct Rows {
   }
 };
 
+constexpr index AHEAD = 4 * BLOCK;  // elements of weights asked for before they are needed
+
+inline void prefetch(const Element* address) { _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0); }
+
 // The right operand of 32 columns from `first` on, of weights stored [columns][size of k].
 inline void pack_columns(Element* panel, const Element* weights, index columns, index size, index first) {
   const Rows rows(weights + first * size, size, columns - first);
-  for (index k = 0; k < size; k += BLOCK, panel += TILE) pack_right_transposed(panel, rows.at, k, size - k);
+  for (index k = 0; k < size; k += BLOCK, panel += TILE) {
+    for (index i = 0; i < least(BLOCK, columns - first); ++i) prefetch(rows.at[i] + k + AHEAD);
+    pack_right_transposed(panel, rows.at, k, size - k);
+  }
 }
 
-// The right operand of 32 columns from `first` on, of weights stored [size of k][columns].
-inline void pack_columns_of_k(Element* panel, const Element* weights, index columns, index size, index first) {
-  for (index k = 0; k < size; k += BLOCK, panel += TILE) {
+// Right operands of 32 columns each, `depth` tiles apart: column blocks first .. first + number of weights
+// stored [size of k][columns].
+inline void pack_columns_of_k(Element* panels, index depth, const Element* weights, index columns, index size,
+                              index first, index number) {
+  for (index k = 0; k < size; k += BLOCK, panels += TILE) {
     const Rows rows(weights + k * columns, columns, size - k);
-    pack_right(panel, rows.at, first, columns - first);
+    for (index i = 0; i < number; ++i) {
+      const index at = (first + i) * BLOCK;
+      for (index r = 0; r < least(BLOCK, size - k); ++r) prefetch(rows.at[r] + BLOCK * columns + at);
+      pack_right(panels + i * depth * TILE, rows.at, at, columns - at);
+    }
   }
 }
 
@@ -71,6 +85,13 @@ inline void clear(void* target, index bytes) {
     std::memset(static_cast<char*>(target) + first, 0, least(CHUNK, bytes - first));
 }
 
+// Fresh memory of an output costs most at its first touch, less so in large pages.
+inline void prefer_huge_pages(index address, index bytes) {
+  constexpr index PAGE = index(2) << 20;
+  const index first = (address + PAGE - 1) / PAGE * PAGE, last = (address + bytes) / PAGE * PAGE;
+  if (address && last > first) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);
+}
+
 // Inside a parallel region: the sums in the type of the result, unless they are the result.
 inline void finish(Element* result, const float* sums, index size) {
   if (static_cast<const void*>(result) == sums) return;
@@ -79,7 +100,12 @@ inline void finish(Element* result, const float* sums, index size) {
     store_row(result + first, _mm512_maskz_loadu_ps(first_lanes(size - first), sums + first), size - first);
 }
 
-// Two column blocks a task read whole pairs of cache lines; one is better where that leaves threads idle.
-inline index task_width(index column_blocks, index threads) { return column_blocks >= 4 * threads ? 2 : 1; }
+constexpr index WIDEST = sizeof(Element) == 2 ? 8 : 4;
+
+// Column blocks a task works on, so that packed rows are read once for all of them: as many as leave each
+// thread some tasks to choose from.
+inline index task_width(index column_blocks, index threads) {
+  return std::max<index>(1, least(WIDEST, column_blocks / (2 * threads)));
+}
 
 }  // namespace
