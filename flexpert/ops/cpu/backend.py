@@ -1,4 +1,4 @@
-"""The native CPU backend: tensors to addresses and sizes, one call into the library, outputs in torch's memory."""
+"""The native CPU backend: tensors to addresses and sizes, and one call into the library."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from flexpert.core.errors import FlexpertError, InputError
-from ..activations import get_activation
+from flexpert.ops.activations import get_activation
 from .build import native
 
 if TYPE_CHECKING:
-    from ..select import CallFacts
+    from flexpert.ops.select import CallFacts
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 NAMES = ("gelu", "gelu_tanh", "identity", "relu", "sigmoid", "silu", "squared_relu", "tanh")
@@ -36,7 +36,7 @@ _is_child = False
 
 
 def _after_fork() -> None:
-    global _is_child
+    global _is_child  # noqa: PLW0603
     _is_child = True
 
 
@@ -138,9 +138,9 @@ def _check_inputs(
         x_TD.dtype,
     )  # fmt: skip
     _check({"weight_N": (weight_N, (len(unit_N),))}, None)
-    experts = (len(counts_E),) if slot_E is not None else (slots,)
-    _check({"slot_E" if slot_E is not None else "counts_E": (counts_E if slot_E is None else slot_E, experts)},
-           torch.int64)  # fmt: skip
+    experts = (slots,) if slot_E is None else (len(counts_E),)
+    mapped = ("counts_E", counts_E) if slot_E is None else ("slot_E", slot_E)
+    _check({mapped[0]: (mapped[1], experts)}, torch.int64)
     _check({"unit_N": (unit_N, (len(unit_N),)), "counts_E": (counts_E, (len(counts_E),))}, torch.int64)
 
 

@@ -1,7 +1,7 @@
 """The native kernels: compiled on first use into the user's cache, loaded by ctypes, or the reason why not.
 
-The sources need neither PyTorch's headers nor Python's: a few seconds of one compiler, one library per version
-of sources, compiler, flags and PyTorch. OpenMP's symbols are left open on purpose: they bind to the runtime
+The sources need neither PyTorch's headers nor Python's: a few seconds of one compiler, one library per
+version of sources, compiler, flags and PyTorch. OpenMP's symbols are left open on purpose: they bind to the runtime
 that PyTorch has loaded, so that there is one pool of threads in the process.
 """
 
@@ -27,7 +27,7 @@ import torch
 from flexpert.core.errors import ConfigError
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-std=c++17", "-O3", "-g", "-fPIC", "-fopenmp", "-fno-strict-aliasing")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-strict-aliasing")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 UNITS: dict[str, tuple[str, ...]] = {
     "probe": (),
@@ -182,7 +182,7 @@ def native() -> Native:
     Raises:
         ConfigError: FLEXPERT_NATIVE is "require" and there is no library, or is no mode.
     """
-    global _native
+    global _native  # noqa: PLW0603
     if _native is None:
         chosen = mode()
         if chosen == "off":

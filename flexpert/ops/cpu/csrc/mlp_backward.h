@@ -45,8 +45,7 @@ class Backward {
     prefer_huge_pages(c.d_x, c.units * c.model * sizeof(Element));
     prefer_huge_pages(c.d_w1, c.slots * halves * c.hidden * c.model * sizeof(Element));
     prefer_huge_pages(c.d_w2, c.slots * c.output * c.hidden * sizeof(Element));
-#pragma omp parallel num_threads(c.threads)
-    {
+    on_threads(c.threads, [&] {
       const Multiplier multiply(c.amx);
       Element* panel = panels + omp_get_thread_num() * panel_size();
       clear_all();
@@ -62,11 +61,8 @@ class Backward {
         if (c.d_x) input_gradient(wave, multiply, panel);
 #pragma omp barrier
       }
-      if (c.d_x) {
-#pragma omp barrier
-        finish(pointer<Element>(c.d_x), sums, c.units * c.model);
-      }
-    }
+      if (c.d_x) finish(pointer<Element>(c.d_x), sums, c.units * c.model);
+    });
   }
 
  private:

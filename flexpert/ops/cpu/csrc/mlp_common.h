@@ -77,6 +77,15 @@ inline void scatter_block(float* target, index stride, index width, const float*
   }
 }
 
+// `body` on every thread of a team. One thread takes no team at all: after a fork the parent's threads are gone,
+// and entering a parallel region would wait for them.
+template <typename Body>
+void on_threads(index threads, const Body& body) {
+  if (threads == 1) return body();
+#pragma omp parallel num_threads(threads)
+  body();
+}
+
 // Inside a parallel region: fill with zeros, all threads together.
 inline void clear(void* target, index bytes) {
   constexpr index CHUNK = 1 << 18;

@@ -29,8 +29,7 @@ class Forward {
   }
 
   void run() {
-#pragma omp parallel num_threads(c.threads)
-    {
+    on_threads(c.threads, [&] {
       const Multiplier multiply(c.amx);
       Element* panel = panels + omp_get_thread_num() * panel_size(c);
       clear(sums, c.units * c.output * sizeof(float));
@@ -42,7 +41,7 @@ class Forward {
         second_product(wave, multiply, panel);
       }
       finish(pointer<Element>(c.y), sums, c.units * c.output);
-    }
+    });
   }
 
  private:
