@@ -67,16 +67,16 @@ def main() -> None:
     cells = [(shape, dtype) for shape in options.shapes for dtype in options.dtypes]
     memory = {} if options.no_memory else {cell: measure_memory(*cell, names) for cell in cells}
     torch.set_num_threads(options.threads)
-    rows = []
+    rows: list[dict[str, object]] = []
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     for cell in cells:
         for row in measure_times(*cell, names, options.seconds):
             row["peak_mib"] = memory.get(cell, {}).get(str(row["contender"]))
             rows.append(row)
             print(json.dumps(row), flush=True)
-    result = {"machine": machine_facts(), "shapes": {k: vars(v) for k, v in SHAPES.items()}, "rows": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(markdown(result))
+        result = {"machine": machine_facts(), "shapes": {k: vars(v) for k, v in SHAPES.items()}, "rows": rows}
+        options.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(markdown(result))
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ def make_problem(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Problem:
     def normal(*size: int, scale: float) -> Tensor:
         return torch.empty(size, dtype=dtype).normal_(0, scale, generator=generator)
 
+    def uniform(*size: int, scale: float) -> Tensor:  # for the large ones: quicker to draw
+        return torch.empty(size, dtype=dtype).uniform_(-scale, scale, generator=generator)
+
     model_dim, hidden_dim, num_experts = shape.model_dim, shape.hidden_dim, shape.num_experts
     inner = (2, hidden_dim) if shape.gated else (hidden_dim,)
     x_TD = normal(shape.tokens, model_dim, scale=1.0)
@@ -94,7 +97,7 @@ def make_problem(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Problem:
         router_ED=router_ED.requires_grad_(),
         id_TK=id_TK,
         weight_TK=weight_TK.requires_grad_(),
-        w1=normal(num_experts, *inner, model_dim, scale=model_dim**-0.5).requires_grad_(),
-        w2=normal(num_experts, model_dim, hidden_dim, scale=hidden_dim**-0.5).requires_grad_(),
+        w1=uniform(num_experts, *inner, model_dim, scale=model_dim**-0.5).requires_grad_(),
+        w2=uniform(num_experts, model_dim, hidden_dim, scale=hidden_dim**-0.5).requires_grad_(),
         grad_TD=normal(shape.tokens, model_dim, scale=1.0),
     )

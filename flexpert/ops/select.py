@@ -17,6 +17,7 @@ import torch
 from flexpert.core.errors import ConfigError, InputError
 
 from . import grouped, portable, portable_mlp, reference
+from .cpu import backend as cpu
 
 Kernel = Callable[..., Any]
 
@@ -62,8 +63,10 @@ def _verify_grouped(facts: CallFacts) -> str | None:
 
 GROUPED_MM = Backend(name="grouped_mm", kernels=grouped.KERNELS, verify=_verify_grouped)
 
+NATIVE = Backend(name="native", kernels=cpu.KERNELS, verify=cpu.verify)
+
 # In order of preference: the first that accepts a call runs it.
-BACKENDS: list[Backend] = [GROUPED_MM, PORTABLE]
+BACKENDS: list[Backend] = [NATIVE, GROUPED_MM, PORTABLE]
 
 _live: dict[tuple[str, str, torch.dtype], Kernel] = {}
 _forced: Backend | None = None
@@ -127,7 +130,7 @@ def use_backend(name: str) -> Iterator[None]:
         ConfigError: no backend of that name; the message lists those there are.
     """
     global _forced, _reference
-    by_name = {backend.name: backend for backend in BACKENDS}
+    by_name = {backend.name: backend for backend in reversed(BACKENDS)}
     if name != "reference" and name not in by_name:
         raise ConfigError(f"backend={name!r} is unknown; choose one of: reference, {', '.join(by_name)}")
     before = _forced, _reference, dict(_live)

@@ -23,6 +23,7 @@ SHAPES = {
     "no biases": {"biases": False, "spare": 1},
     "no weights": {"weighted": False},
     "many rows": {"tokens": 150, "counts": (130, 257, 64), "model_dim": 64, "hidden_dim": 32},
+    "more rows than are turned": {"tokens": 60, "counts": (530, 7), "model_dim": 32, "hidden_dim": 32},
     "all at once": {
         "tokens": 33, "counts": (17, 0, 33, 7), "spare": 9, "slots": (2, -1, 1, 0), "output_dim": 5,
     },
@@ -44,6 +45,17 @@ def check(assert_same, case):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_grouped_mlp(make_case, assert_same, shape, gated, dtype):
     check(assert_same, make_case(**SHAPES[shape], gated=gated, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_a_graph(make_case, assert_same, shape, gated, dtype):
+    case = make_case(**SHAPES[shape], gated=gated, dtype=dtype)
+    true = case.double()
+    with torch.no_grad():
+        got, want = ops.grouped_mlp(*case.args), reference.grouped_mlp(*true.args)
+    assert_same(lambda: got, lambda: want, {}, {})
 
 
 @pytest.mark.parametrize("gated", [False, True])

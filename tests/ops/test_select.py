@@ -57,7 +57,7 @@ def test_forced_backend_runs_and_is_left(call, monkeypatch):
 
 
 def test_unknown_backend_lists_the_options():
-    options = "reference, grouped_mm, portable"
+    options = "reference, portable, grouped_mm, native"
     with (
         pytest.raises(ConfigError, match=f"backend='cuda' is unknown; choose one of: {options}"),
         ops.use_backend("cuda"),

@@ -1,0 +1,221 @@
+"""The native CPU backend: tensors to addresses and sizes, and one call into the library."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flexpert.core.errors import FlexpertError, InputError
+from flexpert.ops.activations import get_activation
+from flexpert.ops.products import slack
+
+from .build import native
+
+if TYPE_CHECKING:
+    from flexpert.ops.select import CallFacts
+
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+NAMES = ("gelu", "gelu_tanh", "identity", "relu", "sigmoid", "silu", "squared_relu", "tanh")
+_NUMBER = {name: number for number, name in enumerate(NAMES)}
+
+# The fields of ForwardCall and BackwardCall: 64-bit integers, tensors by their address, null for none.
+FORWARD = struct.Struct("=22q")
+BACKWARD = struct.Struct("=27q")
+_FAILURES = {
+    1: "counts_E adds up to more rows than unit_N has, or has a negative count",
+    2: "unit_N has an index outside [0, T)",
+    3: "slot_E has a slot outside [-1, S)",
+}
+
+_functions: dict[tuple[str, torch.dtype], Callable[[bytes], int]] = {}
+_is_child = False
+
+
+def _after_fork() -> None:
+    global _is_child  # noqa: PLW0603
+    _is_child = True
+
+
+# The threads of a parent do not live on in its child, whose own first parallel region would wait for them.
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def verify(facts: CallFacts) -> str | None:
+    """None if the native kernels can run such calls, else why not. Builds the library at its first use."""
+    if facts.device != "cpu":
+        return f"runs on cpu, not on {facts.device}"
+    if facts.dtype not in SUFFIX:
+        return f"has no kernels for {facts.dtype}, only for float32 and bfloat16"
+    found = native()
+    if found.library is None:
+        return found.reason
+    if facts.dtype == torch.bfloat16 and not found.avx512_bf16:
+        return "bfloat16 needs AVX512_BF16 (or AMX), which this processor has not"
+    return None
+
+
+def describe() -> str:
+    """Which instructions serve which dtype, or why the kernels are off, for `flexpert doctor`."""
+    found = native()
+    if found.library is None:
+        return f"off: {found.reason}"
+    half = "AMX" if found.amx else "AVX512_BF16" if found.avx512_bf16 else "portable (no AVX512_BF16)"
+    return f"float32 on AVX-512, bfloat16 on {half}"
+
+
+def _function(name: str, dtype: torch.dtype) -> Callable[[bytes], int]:
+    found = _functions.get((name, dtype))
+    if found is None:
+        found = getattr(native().library, f"flexpert_{name}_{SUFFIX[dtype]}")
+        found.argtypes, found.restype = (ctypes.c_char_p,), ctypes.c_int64
+        _functions[name, dtype] = found
+    return found
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _run(function: Callable[[bytes], int], call: bytes) -> None:
+    status = function(call)
+    if status in _FAILURES:
+        raise InputError(f"grouped_mlp: {_FAILURES[status]}")
+    if status:
+        raise FlexpertError("grouped_mlp: not enough memory for its packed operands")
+
+
+def _dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`tensor`, contiguous and of `dtype`."""
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def _check(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]], dtype: torch.dtype | None) -> None:
+    """Kernels trust sizes: what PyTorch's operators would refuse is refused here."""
+    for name, (tensor, want) in shapes.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != want:
+            raise InputError(f"grouped_mlp: {name} has shape {tuple(tensor.shape)}, not {want}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise InputError(f"grouped_mlp: {name} has dtype {tensor.dtype}, not x's {dtype}")
+
+
+def _sizes(
+    x_TD: Tensor, unit_N: Tensor, counts_E: Tensor, w1: Tensor, w2: Tensor, activation: str
+) -> tuple[int, ...]:
+    """The fields both calls begin with."""
+    get_activation(activation)  # refuses unknown names
+    threads = 1 if _is_child else torch.get_num_threads()
+    slots, output_dim, hidden_dim = w2.shape
+    rows, experts, gated = len(unit_N), len(counts_E), int(w1.dim() == 4)
+    units, model_dim = x_TD.shape
+    return (
+        units, rows, model_dim, hidden_dim, output_dim, experts, slots, gated, _NUMBER[activation], threads,
+        int(native().amx),
+    )  # fmt: skip
+
+
+def _check_inputs(
+    x_TD: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    slot_E: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+) -> None:
+    slots, output_dim, hidden_dim = w2.shape
+    inner = (slots, 2, hidden_dim) if w1.dim() == 4 else (slots, hidden_dim)
+    _check(
+        {"w1": (w1, (*inner, x_TD.shape[1])), "b1": (b1, inner), "w2": (w2, (slots, output_dim, hidden_dim)),
+         "b2": (b2, (slots, output_dim))},
+        x_TD.dtype,
+    )  # fmt: skip
+    _check({"weight_N": (weight_N, (len(unit_N),))}, None)
+    experts = (slots,) if slot_E is None else (len(counts_E),)
+    mapped = ("counts_E", counts_E) if slot_E is None else ("slot_E", slot_E)
+    _check({mapped[0]: (mapped[1], experts)}, torch.int64)
+    _check({"unit_N": (unit_N, (len(unit_N),)), "counts_E": (counts_E, (len(counts_E),))}, torch.int64)
+
+
+def grouped_mlp(
+    x_TD: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    slot_E: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y_TO, pre): pre is the pre-activation (N + slack, F or 2F) for backward, empty without `save`."""
+    _check_inputs(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2)
+    dtype = x_TD.dtype
+    rows, width = len(unit_N), w1[0].numel() // max(w1.shape[-1], 1)
+    pre = x_TD.new_empty((rows + slack(dtype) if save else 0, width))
+    pre[rows:] = 0  # room that only the portable kernels use
+    y_TO = x_TD.new_empty(len(x_TD), w2.shape[1])
+    inputs = (
+        _dense(x_TD, dtype), unit_N.contiguous(), _dense(weight_N, torch.float32), counts_E.contiguous(),
+        None if slot_E is None else slot_E.contiguous(), w1.contiguous(), _dense(b1, dtype), w2.contiguous(),
+        _dense(b2, dtype),
+    )  # fmt: skip
+    outputs = pre if save else None, y_TO
+    call = FORWARD.pack(
+        *_sizes(x_TD, unit_N, counts_E, w1, w2, activation), *map(_address, (*inputs, *outputs))
+    )
+    _run(_function("mlp", dtype), call)
+    return y_TO, pre
+
+
+def grouped_mlp_backward(
+    grad_TO: Tensor,
+    pre: Tensor,
+    x_TD: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    slot_E: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, weight, w1, b1, w2, b2); an empty tensor for those not asked for."""
+    _check_inputs(x_TD, unit_N, weight_N, counts_E, slot_E, w1, None, w2, b2)
+    _check({"grad": (grad_TO, (len(x_TD), w2.shape[1]))}, x_TD.dtype)
+    dtype, shapes = x_TD.dtype, (x_TD.shape, unit_N.shape, w1.shape, w1.shape[:-1], w2.shape, w2.shape[:2])
+    needs = [needs[0], needs[1] and weight_N is not None, *needs[2:]]
+    dtypes = (dtype, torch.float32, dtype, dtype, dtype, dtype)
+    grads = [
+        torch.empty(shape if need else (0,), dtype=kind)
+        for shape, need, kind in zip(shapes, needs, dtypes, strict=True)
+    ]
+    inputs = (
+        x_TD.contiguous(), unit_N.contiguous(), _dense(weight_N, torch.float32), counts_E.contiguous(),
+        None if slot_E is None else slot_E.contiguous(), w1.contiguous(), w2.contiguous(), _dense(b2, dtype),
+        grad_TO.contiguous(), pre.contiguous(),
+    )  # fmt: skip
+    outputs = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    call = BACKWARD.pack(
+        *_sizes(x_TD, unit_N, counts_E, w1, w2, activation), *map(_address, (*inputs, *outputs))
+    )
+    _run(_function("mlp_backward", dtype), call)
+    if weight_N is not None:
+        grads[1] = grads[1].to(weight_N.dtype)
+    return tuple(grads)  # type: ignore[return-value]
+
+
+KERNELS = {"grouped_mlp": grouped_mlp, "grouped_mlp_backward": grouped_mlp_backward}

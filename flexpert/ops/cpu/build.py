@@ -1,0 +1,198 @@
+"""The native kernels: compiled on first use into the user's cache, loaded by ctypes, or the reason why not.
+
+The sources need neither PyTorch's headers nor Python's: a few seconds of one compiler, one library per
+version of sources, compiler, flags and PyTorch. OpenMP's symbols are left open on purpose: they bind to the
+runtime that PyTorch has loaded, so that there is one pool of threads in the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexpert.core.errors import ConfigError
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-strict-aliasing")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
+UNITS: dict[str, tuple[str, ...]] = {
+    "probe": (),
+    "f32": AVX512,
+    "bf16": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+}
+MODES = ("auto", "off", "require")
+COMPILE_SECONDS = 300
+
+_log = logging.getLogger("flexpert")
+
+
+class BuildError(Exception):
+    """Why there is no native library, in one line."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """The loaded library, or why there is none; `features` as named by `flexpert_features` in probe.cpp."""
+
+    library: ctypes.CDLL | None
+    reason: str
+    avx512: bool = False
+    avx512_bf16: bool = False
+    amx: bool = False
+
+
+def mode() -> str:
+    """FLEXPERT_NATIVE: "off" (the default), "auto", or "require": an error instead of the portable path.
+
+    Raises:
+        ConfigError: another value.
+    """
+    value = os.environ.get("FLEXPERT_NATIVE", "off")
+    if value not in MODES:
+        raise ConfigError(f"FLEXPERT_NATIVE={value!r} is unknown; choose one of: {', '.join(MODES)}")
+    return value
+
+
+def cache_folder() -> Path:
+    """$FLEXPERT_CACHE, else `flexpert` in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("FLEXPERT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexpert"
+
+
+def find_compiler() -> list[str]:
+    """The command of $CXX, else of g++, c++ or clang++.
+
+    Raises:
+        BuildError: there is none.
+    """
+    if chosen := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(chosen[0]) is None:
+            raise BuildError(f"no C++ compiler: CXX={chosen[0]!r} is not a command")
+        return chosen
+    for name in ("g++", "c++", "clang++"):
+        if found := shutil.which(name):
+            return [found]
+    raise BuildError("no C++ compiler: install g++ or set CXX")
+
+
+def _run(command: list[str], folder: Path) -> str:
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the C++ compiler failed: {error}") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        first = next((line for line in lines if "error" in line), lines[0])
+        raise BuildError(f"the C++ compiler failed: {first.strip()}")
+    return done.stdout
+
+
+def _key(compiler: list[str]) -> str:
+    digest = hashlib.sha256()
+    version = _run([*compiler, "--version"], SOURCES)
+    for text in (torch.__version__, " ".join(compiler), version, repr((FLAGS, UNITS))):
+        digest.update(text.encode() + b"\0")
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with its holder."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: list[str], target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        folder = Path(name)
+        objects = [str(folder / f"{unit}.o") for unit in UNITS]
+        for (unit, flags), made in zip(UNITS.items(), objects, strict=True):
+            _run([*compiler, *FLAGS, *flags, "-c", str(SOURCES / f"{unit}.cpp"), "-o", made], folder)
+        made = folder / target.name
+        _run([*compiler, "-shared", *objects, "-o", str(made)], folder)
+        made.replace(target)
+
+
+def build() -> Path:
+    """The path of the library, compiled if it is not in the cache.
+
+    Raises:
+        BuildError: this machine or its compiler cannot.
+    """
+    system, machine = platform.system(), platform.machine()
+    if system != "Linux" or machine not in ("x86_64", "AMD64"):
+        raise BuildError(f"no native kernels for {system} on {machine}, only for Linux on x86_64")
+    compiler = find_compiler()
+    folder = cache_folder() / "native"
+    target = folder / f"flexpert-{_key(compiler)}.so"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "lock"):
+            if not target.exists():
+                _log.info("compiling the native CPU kernels into %s (once, some seconds)", folder)
+                _compile(compiler, target)
+    except OSError as error:
+        raise BuildError(f"cannot write to the cache {folder}: {error.strerror or error}") from error
+    return target
+
+
+def _load(path: Path) -> Native:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"cannot load {path}: {error}") from error
+    features = library.flexpert_features
+    features.restype = ctypes.c_int64
+    bits = features()
+    found = Native(library, "", bool(bits & 1), bool(bits & 2), bool(bits & 4))
+    if not found.avx512:
+        has = "AVX2" if bits & 8 else "neither AVX-512 nor AVX2"
+        raise BuildError(f"the native kernels need AVX-512 (F, BW, DQ, VL); this processor has {has}")
+    return found
+
+
+_native: Native | None = None
+
+
+def native() -> Native:
+    """The library of this process: built and loaded at the first call, never at import.
+
+    Raises:
+        ConfigError: FLEXPERT_NATIVE is "require" and there is no library, or is no mode.
+    """
+    global _native  # noqa: PLW0603
+    if _native is None:
+        chosen = mode()
+        if chosen == "off":
+            _native = Native(None, "off unless FLEXPERT_NATIVE is auto or require")
+        else:
+            try:
+                _native = _load(build())
+            except BuildError as error:
+                if chosen == "require":
+                    raise ConfigError(f"FLEXPERT_NATIVE=require, but {error}") from error
+                _log.warning("native CPU kernels are off, PyTorch's operators run instead: %s", error)
+                _native = Native(None, str(error))
+    return _native

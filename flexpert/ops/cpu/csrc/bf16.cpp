@@ -1,0 +1,13 @@
+// The bf16 kernels: AVX-512 F, BW, DQ, VL, BF16, and AMX where the call says so.
+#include <type_traits>
+
+#include "activations.h"
+#include "block_bf16.h"
+#include "mlp_backward.h"
+#include "mlp_forward.h"
+
+extern "C" int64_t flexpert_mlp_bf16(const void* call) { return forward(*static_cast<const ForwardCall*>(call)); }
+
+extern "C" int64_t flexpert_mlp_backward_bf16(const void* call) {
+  return backward(*static_cast<const BackwardCall*>(call));
+}

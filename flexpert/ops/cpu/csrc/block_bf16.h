@@ -1,0 +1,175 @@
+// Tiles and products in bf16 with fp32 sums: on AMX, or with the dot product of AVX-512.
+//
+// A left tile is [32 rows][32 k]; a right one [2 halves][16 pairs of k][16 columns][2 k], as both units read it.
+#pragma once
+#include <immintrin.h>
+
+#include "block.h"
+#include "transpose.h"
+
+namespace {
+
+using Element = uint16_t;
+
+inline __m512i load_32(const Element* source, index count) {
+  const __mmask32 lanes = count <= 0 ? 0 : count >= 32 ? 0xffffffffu : (1u << count) - 1;
+  return _mm512_maskz_loadu_epi16(lanes, source);
+}
+
+inline __mmask16 first_lanes(index count) {
+  return count <= 0 ? 0 : count >= 16 ? 0xffff : (1u << count) - 1;
+}
+
+inline Vector widen(__m256i value) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(value), 16));
+}
+
+inline __m256i narrow(Vector value) { return (__m256i)_mm512_cvtneps_pbh(value); }
+
+inline Vector load_row(const Element* source, index count) {
+  return widen(_mm256_maskz_loadu_epi16(first_lanes(count), source));
+}
+
+inline void store_row(Element* target, Vector value, index count) {
+  _mm256_mask_storeu_epi16(target, first_lanes(count), narrow(value));
+}
+
+inline void pack_left(Element* tile, const Element* const* rows, index first, index width) {
+  for (index r = 0; r < BLOCK; ++r)
+    _mm512_storeu_si512(tile + r * BLOCK, rows[r] ? load_32(rows[r] + first, width) : _mm512_setzero_si512());
+}
+
+// out[half][i] = 16 columns, each with the elements of rows 2 i (low) and 2 i + 1 (high).
+inline void pair_rows(__m512i (&out)[2][16], const Element* const* rows, index first, index width) {
+  for (index i = 0; i < 16; ++i) {
+    const Element *even = rows[2 * i], *odd = rows[2 * i + 1];
+    const __m512i low = even ? load_32(even + first, width) : _mm512_setzero_si512();
+    const __m512i high = odd ? load_32(odd + first, width) : _mm512_setzero_si512();
+    out[0][i] = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(low)),
+                                _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16));
+    out[1][i] =
+        _mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low, 1)),
+                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16));
+  }
+}
+
+inline void store_halves(Element* tile, const __m512i (&halves)[2][16]) {
+  for (index half = 0; half < 2; ++half)
+    for (index i = 0; i < 16; ++i) _mm512_storeu_si512(tile + half * (TILE / 2) + i * BLOCK, halves[half][i]);
+}
+
+inline void pack_right(Element* tile, const Element* const* rows, index first, index width) {
+  __m512i halves[2][16];
+  pair_rows(halves, rows, first, width);
+  store_halves(tile, halves);
+}
+
+inline void pack_left_transposed(Element* tile, const Element* const* rows, index first, index width) {
+  __m512i halves[2][16];
+  pair_rows(halves, rows, first, width);
+  transpose(halves[0]);
+  transpose(halves[1]);
+  store_halves(tile, halves);
+}
+
+inline void pack_right_transposed(Element* tile, const Element* const* rows, index first, index width) {
+  for (index half = 0; half < 2; ++half) {
+    __m512i square[16];
+    for (index i = 0; i < 16; ++i) {
+      const Element* source = rows[16 * half + i];
+      square[i] = source ? load_32(source + first, width) : _mm512_setzero_si512();
+    }
+    transpose(square);
+    for (index i = 0; i < 16; ++i) _mm512_storeu_si512(tile + half * (TILE / 2) + i * BLOCK, square[i]);
+  }
+}
+
+// Lives in each thread as long as it multiplies: AMX needs its tiles configured.
+struct Multiplier {
+  bool amx;
+
+  explicit Multiplier(index use_amx) : amx(use_amx != 0) {
+    if (!amx) return;
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~Multiplier() {
+    if (amx) _tile_release();
+  }
+  Multiplier(const Multiplier&) = delete;
+
+  // sums[32][32] = left x right over `count` k blocks, for the first `rows` rows at least.
+  void operator()(const Element* left, const Element* right, index count, float* sums, index rows,
+                  Ahead ahead = {}) const {
+    if (!amx) {
+      for (index r = 0; r < rows; r += 8) dot_rows(left + r * BLOCK, right, count, sums + r * BLOCK);
+    } else if (rows > 16) {
+      tiles_32(left, right, count, sums, ahead);
+    } else {
+      tiles_16(left, right, count, sums);
+    }
+  }
+
+ private:
+  static void tiles_32(const Element* left, const Element* right, index count, float* sums, Ahead ahead) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (index k = 0; k < count; ++k, left += TILE, right += TILE) {
+      _tile_loadd(4, left, 64);
+      _tile_loadd(6, right, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, right + TILE / 2, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, left + TILE / 2, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      ahead.step();
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(2, sums + TILE / 2, 128);
+    _tile_stored(3, sums + TILE / 2 + 16, 128);
+  }
+
+  static void tiles_16(const Element* left, const Element* right, index count, float* sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (index k = 0; k < count; ++k, left += TILE, right += TILE) {
+      _tile_loadd(4, left, 64);
+      _tile_loadd(6, right, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, right + TILE / 2, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+  }
+
+  static void dot_rows(const Element* left, const Element* right, index count, float* sums) {
+    Vector sum[8][2];
+    for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
+    for (index tile = 0; tile < count; ++tile, left += TILE, right += TILE)
+      for (int pair = 0; pair < 16; ++pair) {
+        const auto b0 = (__m512bh)_mm512_loadu_si512(right + pair * BLOCK);
+        const auto b1 = (__m512bh)_mm512_loadu_si512(right + TILE / 2 + pair * BLOCK);
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) {
+          int two;
+          __builtin_memcpy(&two, left + r * BLOCK + 2 * pair, 4);
+          const auto a = (__m512bh)_mm512_set1_epi32(two);
+          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], a, b0);
+          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], a, b1);
+        }
+      }
+    for (int r = 0; r < 8; ++r)
+      for (int c = 0; c < 2; ++c) _mm512_storeu_ps(sums + r * BLOCK + c * 16, sum[r][c]);
+  }
+};
+
+}  // namespace

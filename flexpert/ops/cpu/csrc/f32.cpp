@@ -1,0 +1,13 @@
+// The fp32 kernels: AVX-512 F, BW, DQ, VL.
+#include <type_traits>
+
+#include "activations.h"
+#include "block_f32.h"
+#include "mlp_backward.h"
+#include "mlp_forward.h"
+
+extern "C" int64_t flexpert_mlp_f32(const void* call) { return forward(*static_cast<const ForwardCall*>(call)); }
+
+extern "C" int64_t flexpert_mlp_backward_f32(const void* call) {
+  return backward(*static_cast<const BackwardCall*>(call));
+}

@@ -1,0 +1,163 @@
+"""Compiling on first use: cached, safe at once, and never in the way when it fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexpert import ops
+from flexpert.core.errors import ConfigError
+from flexpert.ops.cpu import build
+
+ROOT = Path(__file__).parents[3]
+CALL = """
+import torch
+from flexpert import ops
+torch.set_num_threads(1)
+x_, w = torch.ones(64, 256), torch.ones(1, 256, 256)
+def call(tokens=64):
+    x, rows = x_[:tokens], torch.arange(tokens)
+    return ops.grouped_mlp(x, rows, None, torch.tensor([tokens]), None, w, None, w, None, "relu")[0, 0].item()
+"""
+
+
+def run(script, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", CALL + script], capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def reasons():
+    rows = ops.report()
+    return {row["why"] for row in rows if row["backend"] == "native" and row["operator"] == "grouped_mlp"}
+
+
+def script_file(folder, text):
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("path", "no C++ compiler: install g"),
+        ("missing", "no C++ compiler: CXX='no-such-compiler' is not a command"),
+        ("failing", "the C++ compiler failed: x.cpp:1: error: no"),
+        ("cache", "cannot write to the cache"),
+        ("machine", "no native kernels for Linux on aarch64"),
+        ("garbage", "cannot load"),
+        ("old processor", "this processor has AVX2"),
+    ],
+)
+def test_failures_leave_the_portable_path(make_case, fresh, monkeypatch, tmp_path, caplog, change, why):
+    monkeypatch.setenv("FLEXPERT_CACHE", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if change == "path":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    elif change == "missing":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    elif change == "failing":
+        text = 'case "$*" in *--version*) echo 1;; *) echo x.cpp:1: error: no >&2; exit 1;; esac'
+        monkeypatch.setenv("CXX", script_file(tmp_path, text))
+    elif change == "cache":
+        monkeypatch.setenv("CXX", script_file(tmp_path, "echo 1"))
+        monkeypatch.setenv("FLEXPERT_CACHE", str(tmp_path / "compiler" / "below"))
+    elif change == "machine":
+        monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    elif change == "garbage":
+        (tmp_path / "x.so").write_text("no library")
+        monkeypatch.setattr(build, "build", lambda: tmp_path / "x.so")
+    else:
+        monkeypatch.setattr(build, "build", lambda: tmp_path / "x.so")
+        library = type("Library", (), {"flexpert_features": staticmethod(lambda: 8)})()
+        monkeypatch.setattr(build.ctypes, "CDLL", lambda path: library)
+        monkeypatch.setattr(type(library), "flexpert_features", type("F", (), {"__call__": lambda self: 8})())
+    case = make_case(dtype=torch.float32)
+    for _ in range(2):
+        assert ops.grouped_mlp(*case.args).isfinite().all()
+    (reason,) = reasons()
+    assert why in reason
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 1
+    assert why in lines[0]
+    assert "\n" not in lines[0]
+    monkeypatch.setattr(build, "_native", None)
+    monkeypatch.setenv("FLEXPERT_NATIVE", "require")
+    with pytest.raises(ConfigError, match="FLEXPERT_NATIVE=require, but"):
+        build.native()
+
+
+def test_off_is_silent(make_case, fresh, monkeypatch, caplog):
+    monkeypatch.setenv("FLEXPERT_NATIVE", "off")
+    assert ops.grouped_mlp(*make_case(dtype=torch.float32).args).isfinite().all()
+    assert reasons() == {"off unless FLEXPERT_NATIVE is auto or require"}
+    assert not caplog.records
+
+
+def test_unknown_mode(fresh, monkeypatch):
+    monkeypatch.setenv("FLEXPERT_NATIVE", "yes")
+    with pytest.raises(
+        ConfigError, match="FLEXPERT_NATIVE='yes' is unknown; choose one of: auto, off, require"
+    ):
+        build.native()
+
+
+def test_compiled_once_by_processes_that_start_together(live, tmp_path):
+    counter = tmp_path / "compiler"
+    compiler = build.find_compiler()[0]
+    counter.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\nexec {compiler} "$@"\n')
+    counter.chmod(0o755)
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "FLEXPERT_CACHE": str(tmp_path / "cache"),
+        "CXX": str(counter),
+    }
+    env |= {"FLEXPERT_NATIVE": "require"}
+    command = [sys.executable, "-c", "from flexpert.ops.cpu import build; print(build.native().library)"]
+    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert all("flexpert-" in child.communicate(timeout=100)[0] for child in both)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert sum("-shared" in line for line in calls) == 1
+    assert len(list((tmp_path / "cache" / "native").glob("*"))) == 2  # the library and the lock
+
+
+def test_nothing_is_built_at_import(tmp_path):
+    cache = tmp_path / "cache"
+    run("import flexpert", FLEXPERT_CACHE=str(cache), FLEXPERT_NATIVE="require")
+    assert not cache.exists()
+
+
+def test_one_pool_of_threads_of_the_size_asked_for(live):
+    script = """
+import os
+tasks = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1); call(1); before = tasks()
+call(); print(tasks() - before)
+torch.set_num_threads(3); call(); print(tasks() - before)
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "iomp" in line}))
+"""
+    assert run(script) == ["0", "2", "1"]
+
+
+def test_a_forked_child_does_not_hang(live):
+    """PyTorch's own operators would, were they large enough for two threads: the child calls only ours."""
+    script = """
+import os
+torch.set_num_threads(2); want = call()
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if call() == want else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    assert run(script) == ["0"]

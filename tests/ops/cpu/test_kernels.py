@@ -1,0 +1,190 @@
+"""The native grouped MLP against the naive loops in float64: forward, every gradient, odd shapes, poison."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flexpert import ops
+from flexpert.core.errors import ConfigError, InputError
+from flexpert.ops import ACTIVATIONS, reference
+from flexpert.ops.cpu import backend
+
+pytestmark = pytest.mark.usefixtures("live")
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = {
+    "ragged": {"counts": (3, 0, 5, 1)},
+    "one token": {"tokens": 1, "counts": (0, 1, 1)},
+    "no token": {"tokens": 0, "counts": (0, 0, 0)},
+    "no experts' rows": {"counts": (0, 0), "spare": 3},
+    "all to one": {"tokens": 40, "counts": (0, 0, 300), "model_dim": 64, "hidden_dim": 96},
+    "several waves": {"tokens": 70, "counts": (700, 31, 0, 400, 33, 900), "model_dim": 40, "hidden_dim": 72},
+    "absent experts": {"counts": (3, 2, 0, 4, 1), "slots": (1, -1, -1, 0, 2), "spare": 2},
+    "shared slots": {"counts": (3, 20, 4, 9), "slots": (0, 1, 0, 0)},
+    "no biases, no weights": {"biases": False, "weighted": False, "spare": 1},
+    "255": {"tokens": 255, "counts": (255, 1, 254), "model_dim": 255, "hidden_dim": 255, "output_dim": 17},
+    "wide": {"tokens": 33, "counts": (17, 0, 33), "model_dim": 520, "hidden_dim": 300, "output_dim": 270},
+}  # fmt: skip
+
+
+def check(assert_same, case):
+    true = case.double()
+    assert_same(
+        lambda: ops.grouped_mlp(*case.args),
+        lambda: reference.grouped_mlp(*true.args),
+        case.leaves,
+        true.leaves,
+    )
+
+
+def gradients(case):
+    y = ops.grouped_mlp(*case.args)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    return [y, *torch.autograd.grad(y, list(case.leaves.values()), dy)]
+
+
+def test_names_are_those_of_python():
+    assert list(backend.NAMES) == sorted(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_every_activation(make_case, assert_same, activation, gated, dtype):
+    check(assert_same, make_case(activation=activation, gated=gated, dtype=dtype, counts=(30, 0, 50, 1)))
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_activations_hold_far_out_and_near_zero(activation):
+    """One hidden unit per value, identity weights: act(x) and act'(x) from -40 to 40 and around zero."""
+    values = torch.cat([torch.linspace(-40, 40, 500), torch.linspace(-1e-3, 1e-3, 101)])
+    x = values[:, None].clone().requires_grad_()
+    one, rows = torch.ones(1, 1, 1), torch.arange(len(x))
+    y = ops.grouped_mlp(x, rows, None, torch.tensor([len(x)]), None, one, None, one, None, activation)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    wide = values.double().requires_grad_()
+    want = ACTIVATIONS[activation].forward(wide)
+    (want_slope,) = torch.autograd.grad(want.sum(), wide)
+    torch.testing.assert_close(y[:, 0].double(), want, rtol=3e-6, atol=1e-9)
+    torch.testing.assert_close(slope[:, 0].double(), want_slope, rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(make_case, assert_same, poisoned, shape, gated, dtype):
+    check(assert_same, make_case(**SHAPES[shape], gated=gated, dtype=dtype))
+
+
+@settings(
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    tokens=st.sampled_from([1, 7, 33]),
+    # Not 1: errors are relative to a result, and a sum that is a single number may cancel to anything.
+    model_dim=st.sampled_from([7, 17, 33, 255]),
+    hidden_dim=st.sampled_from([7, 17, 33, 255]),
+    output_dim=st.sampled_from([None, 17]),
+    counts=st.lists(st.sampled_from([0, 1, 7, 17, 33]), min_size=1, max_size=4).map(tuple),
+    spare=st.sampled_from([0, 7]),
+    gated=st.booleans(),
+    biases=st.booleans(),
+    weighted=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(make_case, assert_same, **shape):
+    check(assert_same, make_case(**shape))
+
+
+def test_bf16_without_amx(make_case, assert_same, live, monkeypatch):
+    monkeypatch.setattr(backend, "native", lambda: replace(live, amx=False))
+    for gated in (False, True):
+        check(assert_same, make_case(counts=(30, 0, 50, 1), gated=gated, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_nothing_outside_is_read_and_no_memory_of_other_calls(make_case, gated, dtype):
+    """The first call fills all buffers with NaN; the second has NaN wherever it must not look."""
+    bad = make_case(tokens=90, counts=(70, 90), gated=gated, dtype=dtype)
+    with torch.no_grad():
+        for leaf in bad.leaves.values():
+            leaf.fill_(float("nan"))
+    gradients(bad)
+    case = make_case(tokens=9, counts=(3, 4, 2), slots=(0, -1, 1), spare=5, gated=gated, dtype=dtype)
+    case.unit_N[:] = 1 + torch.arange(len(case.unit_N)) % 8
+    case.unit_N[3:7] = case.unit_N[9:] = 0
+    with torch.no_grad():
+        case.x_TD[0] = float("nan")
+        case.weight_N[3:7] = case.weight_N[9:] = float("nan")
+    y, *grads = gradients(case)
+    assert y[0].eq(0).all()
+    assert y.isfinite().all()
+    for name, grad in zip(case.leaves, grads, strict=True):
+        assert grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_any_number_of_threads(make_case, threads, dtype):
+    case = make_case(tokens=150, counts=(130, 257, 64, 0, 9), model_dim=200, hidden_dim=130, dtype=dtype)
+    threads(1)
+    want = gradients(case)
+    for number in (1, 2, 3, 2):
+        threads(number)
+        for mine, true in zip(gradients(case), want, strict=True):
+            assert torch.equal(mine, true)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_of_any_strides(make_case, dtype):
+    case = make_case(tokens=40, model_dim=33, counts=(30, 50), gated=True, dtype=dtype)
+    odd = replace(case, **{
+        name: (leaf.detach().mT.contiguous().mT if leaf.dim() > 1 else leaf.detach().repeat_interleave(2)[::2])  # noqa: E501
+        .requires_grad_() for name, leaf in case.leaves.items()
+    }, unit_N=case.unit_N.repeat_interleave(2)[::2])  # fmt: skip
+    for mine, true in zip(gradients(odd), gradients(case), strict=True):
+        assert torch.equal(mine, true)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_only_what_is_asked_for(make_case, index):
+    case = make_case(tokens=40, counts=(30, 0, 50), gated=True, dtype=torch.float32)
+    want = gradients(case)[1:]
+    for number, leaf in enumerate(case.leaves.values()):
+        leaf.requires_grad_(number == index)
+    y = ops.grouped_mlp(*case.args)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    (got,) = torch.autograd.grad(y, list(case.leaves.values())[index], dy)
+    torch.testing.assert_close(got, want[index])
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"unit_N": torch.full((9,), 7)}, r"unit_N has an index outside \[0, T\)"),
+        ({"counts_E": torch.tensor([3, 0, 5, 2])}, "more rows than unit_N has"),
+        ({"slot_E": torch.tensor([0, 1, 2, 4])}, r"slot outside \[-1, S\)"),
+        ({"w2": torch.ones(4, 17, 32)}, "w1 has shape"),
+        ({"b2": torch.ones(4, 16)}, "b2 has shape"),
+        ({"b1": torch.ones(4, 33, dtype=torch.bfloat16)}, "b1 has dtype"),
+        ({"weight_N": torch.ones(8)}, "weight_N has shape"),
+        ({"counts_E": torch.tensor([9])}, "counts_E has shape"),
+    ],
+)
+def test_bad_arguments_are_named(make_case, change, error):
+    case = replace(make_case(dtype=torch.float32), **change)
+    with pytest.raises(InputError, match=error):
+        ops.grouped_mlp(*case.args)
+
+
+def test_unknown_activation(make_case):
+    with pytest.raises(ConfigError, match="'swish' is unknown"):
+        ops.grouped_mlp(*make_case(dtype=torch.float32, activation="swish").args)
