@@ -32,9 +32,7 @@ def run(seeds: int, epochs: float) -> list[dict[str, Any]]:
             for model, changes in MODELS.items():
                 settings = [f"optimizer.epochs={epochs}", f"seed={seed}", f"output={folder}", "name=run"]
                 result = train(load_config(CONFIG, [*settings, *changes]))
-                rows.append(
-                    {"model": model, "seed": seed} | {k: result[k] for k in ("accuracy", "seconds", "steps")}
-                )
+                rows.append({"model": model, "seed": seed} | {k: result[k] for k in ("accuracy", "steps")})
                 print(rows[-1], file=sys.stderr)
     return rows
 
@@ -42,16 +40,15 @@ def run(seeds: int, epochs: float) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and sample deviation over seeds, as Markdown."""
     lines = [
-        "| model | test accuracy, mean | spread (std) | each seed | seconds, mean |",
-        "|---|---|---|---|---|",
+        "| model | test accuracy, mean | spread (std) | each seed |",
+        "|---|---|---|---|",
     ]
     for model in MODELS:
         own = [row for row in rows if row["model"] == model]
         accuracy = [row["accuracy"] for row in own]
         spread = statistics.stdev(accuracy) if len(accuracy) > 1 else float("nan")
-        seconds = statistics.mean(row["seconds"] for row in own)
         each = ", ".join(f"{value:.4f}" for value in accuracy)
-        lines.append(f"| {model} | {statistics.mean(accuracy):.4f} | {spread:.4f} | {each} | {seconds:.0f} |")
+        lines.append(f"| {model} | {statistics.mean(accuracy):.4f} | {spread:.4f} | {each} |")
     return "\n".join(lines)
 
 
