@@ -79,7 +79,7 @@ def grouped_mlp(
     y_NO = empty(x_TD, (len(unit_N) + spare, w2.shape[1]))
     for slot, start, stop in segments(counts_E, slot_E):
         end = start + padded(stop - start, x_TD.dtype)
-        turned = not save and turning_pays(end - start, x_TD.dtype)
+        turned = not save and turning_pays(end - start, w1[slot], w2[slot])
         x, y = source.take(start, stop, end - start), y_NO[start:end]
         bias1, bias2 = None if b1 is None else b1[slot], None if b2 is None else b2[slot]
         pre = row_product(x, w1[slot].t(), bias1, pre_N[start:end] if save else None, turned=turned)

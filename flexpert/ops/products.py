@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROW_TILE = 32
-TURN_BELOW = 512
 
 
 def padded(count: int, dtype: torch.dtype) -> int:
@@ -48,12 +47,13 @@ def pad_rows(rows_ND: Tensor) -> Tensor:
     return F.pad(rows_ND, (0, 0, 0, spare)) if spare else rows_ND
 
 
-def turning_pays(size: int, dtype: torch.dtype) -> bool:
-    """Whether W x^T is faster than x W^T.
+def turning_pays(size: int, w1_FD: Tensor, w2_OF: Tensor) -> bool:
+    """Whether W x^T is faster than x W^T for an expert's two products.
 
-    oneDNN then does not re-order the weights, but the result has to be transposed.
+    oneDNN then does not re-order the weights, but the result has to be transposed, at about eight times the
+    cost per number.
     """
-    return dtype.itemsize == 2 and size < TURN_BELOW
+    return w1_FD.dtype.itemsize == 2 and 8 * size * len(w2_OF) <= w1_FD.numel() + w2_OF.numel()
 
 
 def row_product(
@@ -83,10 +83,7 @@ def row_product(
 
 def outer_product(a_NM: Tensor, b_NK: Tensor, out_MK: Tensor, accumulate: bool) -> None:
     """out = a^T @ b, or out += a^T @ b."""
-    a_MN = a_NM.t()
-    if a_NM.dtype.itemsize == 2:
-        a_MN = a_MN.contiguous()  # oneDNN transposes its left operand more slowly than a copy does
     if accumulate:
-        out_MK.addmm_(a_MN, b_NK)
+        out_MK.addmm_(a_NM.t(), b_NK)
     else:
-        torch.mm(a_MN, b_NK, out=out_MK)
+        torch.mm(a_NM.t(), b_NK, out=out_MK)

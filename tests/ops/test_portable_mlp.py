@@ -23,7 +23,7 @@ SHAPES = {
     "no biases": {"biases": False, "spare": 1},
     "no weights": {"weighted": False},
     "many rows": {"tokens": 150, "counts": (130, 257, 64), "model_dim": 64, "hidden_dim": 32},
-    "more rows than are turned": {"tokens": 60, "counts": (530, 7), "model_dim": 32, "hidden_dim": 32},
+    "turned and not": {"tokens": 60, "counts": (90, 7), "model_dim": 32, "hidden_dim": 160},
     "all at once": {
         "tokens": 33, "counts": (17, 0, 33, 7), "spare": 9, "slots": (2, -1, 1, 0), "output_dim": 5,
     },
