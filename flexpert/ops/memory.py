@@ -1,38 +1,62 @@
-"""Large buffers on huge pages: the first write to a fresh buffer costs as much as the product that does it.
+"""Large buffers whose pages are used again: the first write to a fresh page costs more than the product that does it.
 
-A kernel that hands out memory in pages of 4 KiB needs about a microsecond for each; asking Linux for pages of
-2 MiB is a hint that it may ignore.
+The system hands out fresh memory at a few GB/s, less than a kernel writes, and the C library gives blocks of
+32 MiB and more back at once. So such buffers are mapped here, in huge pages, and a block whose tensor is gone
+waits for the next one of its size: the gradients of one step lie where those of the step before did. Waiting
+blocks are marked free for the system, which takes them when memory is short.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
-from collections.abc import Callable
+import weakref
 
 import torch
 from torch import Tensor
 
-_PAGE = 1 << 21
-_MADV_HUGEPAGE = 14
+PAGE = 1 << 21
+SMALLEST = 32 << 20
+WASTE = 1.25  # a waiting block may be larger than asked for by this factor
+
+_idle: list[mmap.mmap] = []
+_enabled = sys.platform.startswith("linux")
 
 
-def _find_madvise() -> Callable[[int, int, int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes, madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
-    return madvise
+def _give_back(block: mmap.mmap) -> None:
+    block.madvise(mmap.MADV_FREE)
+    _idle.append(block)
 
 
-_madvise = _find_madvise()
+def _waiting(size: int) -> mmap.mmap | None:
+    """A waiting block for `size` bytes, the smallest that will do."""
+    fitting = [block for block in _idle if size <= len(block) <= size * WASTE]
+    for block in sorted(fitting, key=len):
+        try:
+            _idle.remove(block)  # another thread may have been faster
+        except ValueError:
+            continue
+        return block
+    return None
+
+
+def _map(size: int) -> mmap.mmap:
+    """A new block. Those that wait are dropped first: together they never hold more than was in use."""
+    _idle.clear()
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(mmap.MADV_HUGEPAGE)
+    return block
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised contiguous tensor of `like`'s dtype and device."""
-    tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
-    if _madvise is not None and tensor.device.type == "cpu" and tensor.nbytes >= 2 * _PAGE:
-        first = -(-tensor.data_ptr() // _PAGE) * _PAGE
-        last = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
-        _madvise(first, last - first, _MADV_HUGEPAGE)
-    return tensor
+    count = torch.Size(shape).numel()
+    size = count * like.dtype.itemsize
+    if not _enabled or like.device.type != "cpu" or size < SMALLEST:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    whole = -(-size // PAGE) * PAGE
+    block = _waiting(whole) or _map(whole)
+    view = (ctypes.c_char * size).from_buffer(block)
+    weakref.finalize(view, _give_back, block).atexit = False
+    return torch.frombuffer(view, dtype=like.dtype, count=count).view(shape)

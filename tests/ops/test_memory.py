@@ -1,30 +1,74 @@
-"""Large buffers: what they are, with and without the advice to the system."""
+"""Large buffers: what they are, and whose memory they use again."""
 
 from __future__ import annotations
+
+import gc
 
 import pytest
 import torch
 
 from flexpert.ops import memory
 
+LIKE = torch.ones(1, dtype=torch.bfloat16)
+LARGE = (1 << 11, 1 << 10)  # two pages
 
-@pytest.mark.parametrize("advised", [True, False])
-@pytest.mark.parametrize("shape", [(0, 3), (2, 5), (1 << 12, 1 << 10)])
-def test_empty(shape, advised, monkeypatch):
-    calls = []
-    real = memory._madvise
 
-    def watch(start, size, advice):
-        calls.append((start, size))
-        return real(start, size, advice) if real is not None else 0
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(memory, "SMALLEST", 2 * memory.PAGE)
+    memory._idle.clear()
+    yield
+    memory._idle.clear()
 
-    monkeypatch.setattr(memory, "_madvise", watch if advised else None)
-    buffer = memory.empty(torch.ones(1, dtype=torch.bfloat16), shape)
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 5), LARGE, (3, 1 << 21)])
+def test_empty(shape, mapped, monkeypatch):
+    monkeypatch.setattr(memory, "_enabled", mapped and memory._enabled)
+    buffer = memory.empty(LIKE, shape)
     assert (buffer.shape, buffer.dtype, buffer.is_contiguous()) == (shape, torch.bfloat16, True)
-    assert bool(calls) == (advised and buffer.nbytes >= 1 << 22)
-    for start, size in calls:  # whole pages inside the buffer
-        assert start % (1 << 21) == size % (1 << 21) == 0
-        assert buffer.data_ptr() <= start
-        assert start + size <= buffer.data_ptr() + buffer.nbytes
+    assert buffer.data_ptr() % 64 == 0
     buffer.fill_(1)
     assert buffer.sum(dtype=torch.float32) == buffer.numel()
+
+
+needs_blocks = pytest.mark.skipif(not memory._enabled, reason="blocks are mapped on Linux only")
+
+
+@needs_blocks
+def test_the_next_buffer_of_like_size_gets_the_memory():
+    first = memory.empty(LIKE, LARGE)
+    place, other = first.data_ptr(), memory.empty(LIKE, LARGE)
+    assert other.data_ptr() != place
+    del first
+    smaller = memory.empty(LIKE.float(), (LARGE[0] - 8, LARGE[1] // 2))
+    assert (smaller.data_ptr(), smaller.dtype) == (place, torch.float32)
+
+
+@needs_blocks
+def test_a_view_keeps_the_memory():
+    tail = memory.empty(LIKE, LARGE)[5:].fill_(3)
+    gc.collect()
+    other = memory.empty(LIKE, LARGE).fill_(1)
+    assert bool((tail == 3).all())
+    assert bool((other == 1).all())
+
+
+@needs_blocks
+def test_a_new_block_takes_the_place_of_those_that_wait():
+    del_me = [memory.empty(LIKE, LARGE) for _ in range(3)]
+    del_me.clear()
+    assert len(memory._idle) == 3
+    memory.empty(LIKE, (LARGE[0] * 2, LARGE[1]))  # too large for any of them
+    assert len(memory._idle) == 1
+
+
+@needs_blocks
+def test_gradients_of_a_step_lie_where_the_last_ones_did():
+    w = torch.nn.Parameter(torch.zeros(LARGE, dtype=torch.bfloat16))
+    places = []
+    for _ in range(3):
+        w.grad = None
+        w.grad = memory.empty(w, LARGE).zero_()
+        places.append(w.grad.data_ptr())
+    assert len(set(places)) == 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexpert.core.errors import FlexpertError, InputError
 from flexpert.ops.activations import get_activation
+from flexpert.ops.memory import empty
 from flexpert.ops.products import slack
 
 from .build import native
@@ -25,8 +26,8 @@ NAMES = ("gelu", "gelu_tanh", "identity", "relu", "sigmoid", "silu", "squared_re
 _NUMBER = {name: number for number, name in enumerate(NAMES)}
 
 # The fields of ForwardCall and BackwardCall: 64-bit integers, tensors by their address, null for none.
-FORWARD = struct.Struct("=22q")
-BACKWARD = struct.Struct("=27q")
+FORWARD = struct.Struct("=23q")
+BACKWARD = struct.Struct("=28q")
 _FAILURES = {
     1: "counts_E adds up to more rows than unit_N has, or has a negative count",
     2: "unit_N has an index outside [0, T)",
@@ -163,7 +164,7 @@ def grouped_mlp(
     _check_inputs(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2)
     dtype = x_TD.dtype
     rows, width = len(unit_N), w1[0].numel() // max(w1.shape[-1], 1)
-    pre = x_TD.new_empty((rows + slack(dtype) if save else 0, width))
+    pre = empty(x_TD, (rows + slack(dtype) if save else 0, width))
     pre[rows:] = 0  # room that only the portable kernels use
     y_TO = x_TD.new_empty(len(x_TD), w2.shape[1])
     inputs = (
@@ -171,7 +172,8 @@ def grouped_mlp(
         None if slot_E is None else slot_E.contiguous(), w1.contiguous(), _dense(b1, dtype), w2.contiguous(),
         _dense(b2, dtype),
     )  # fmt: skip
-    outputs = pre if save else None, y_TO
+    y_rows = empty(x_TD, (rows, w2.shape[1]))
+    outputs = pre if save else None, y_rows, y_TO
     call = FORWARD.pack(
         *_sizes(x_TD, unit_N, counts_E, w1, w2, activation), *map(_address, (*inputs, *outputs))
     )
@@ -198,17 +200,18 @@ def grouped_mlp_backward(
     _check({"grad": (grad_TO, (len(x_TD), w2.shape[1]))}, x_TD.dtype)
     dtype, shapes = x_TD.dtype, (x_TD.shape, unit_N.shape, w1.shape, w1.shape[:-1], w2.shape, w2.shape[:2])
     needs = [needs[0], needs[1] and weight_N is not None, *needs[2:]]
-    dtypes = (dtype, torch.float32, dtype, dtype, dtype, dtype)
+    weight = x_TD.new_empty(0, dtype=torch.float32)
+    likes = (x_TD, weight, w1, w1, w2, w2)
     grads = [
-        torch.empty(shape if need else (0,), dtype=kind)
-        for shape, need, kind in zip(shapes, needs, dtypes, strict=True)
+        empty(like, shape if need else (0,)) for like, shape, need in zip(likes, shapes, needs, strict=True)
     ]
     inputs = (
         x_TD.contiguous(), unit_N.contiguous(), _dense(weight_N, torch.float32), counts_E.contiguous(),
         None if slot_E is None else slot_E.contiguous(), w1.contiguous(), w2.contiguous(), _dense(b2, dtype),
         grad_TO.contiguous(), pre.contiguous(),
     )  # fmt: skip
-    outputs = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    d_rows = empty(x_TD, (len(unit_N) if needs[0] else 0, x_TD.shape[1]))
+    outputs = [d_rows, *(grad if need else None for grad, need in zip(grads, needs, strict=True))]
     call = BACKWARD.pack(
         *_sizes(x_TD, unit_N, counts_E, w1, w2, activation), *map(_address, (*inputs, *outputs))
     )

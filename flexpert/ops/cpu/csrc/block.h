@@ -16,24 +16,4 @@ constexpr index TILE = BLOCK * BLOCK;
 inline index blocks(index size) { return (size + BLOCK - 1) / BLOCK; }
 inline index least(index a, index b) { return a < b ? a : b; }
 
-// Packed rows a product asks for while it runs, so that they are near when their turn comes: per k block,
-// `lines` cache lines from `next` on.
-struct Ahead {
-  const char* next = nullptr;
-  index lines = 0;
-
-  // Share `part` of `parts` of the `count` left tiles at `tiles`.
-  template <typename T>
-  Ahead(const T* tiles, index count, index part, index parts) {
-    const index bytes = TILE * sizeof(T);
-    lines = (bytes / 64 + parts - 1) / parts;
-    next = reinterpret_cast<const char*>(tiles) + part * lines * 64 * count;
-  }
-  Ahead() = default;
-
-  void step() {
-    for (index i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
-  }
-};
-
 }  // namespace

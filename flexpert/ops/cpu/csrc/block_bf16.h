@@ -34,6 +34,17 @@ inline void store_row(Element* target, Vector value, index count) {
   _mm256_mask_storeu_epi16(target, first_lanes(count), narrow(value));
 }
 
+// 32 numbers, and past the caches where the line is whole: `streams` says so for a whole target.
+inline void store_32(Element* target, Vector low, Vector high, index count, bool streams = false) {
+  const auto both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  if (count < 32)
+    _mm512_mask_storeu_epi16(target, count <= 0 ? 0 : (1u << count) - 1, both);
+  else if (streams)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target), both);
+  else
+    _mm512_storeu_si512(target, both);
+}
+
 inline void pack_left(Element* tile, const Element* const* rows, index first, index width) {
   for (index r = 0; r < BLOCK; ++r)
     _mm512_storeu_si512(tile + r * BLOCK, rows[r] ? load_32(rows[r] + first, width) : _mm512_setzero_si512());
@@ -41,15 +52,14 @@ inline void pack_left(Element* tile, const Element* const* rows, index first, in
 
 // out[half][i] = 16 columns, each with the elements of rows 2 i (low) and 2 i + 1 (high).
 inline void pair_rows(__m512i (&out)[2][16], const Element* const* rows, index first, index width) {
+  const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   for (index i = 0; i < 16; ++i) {
     const Element *even = rows[2 * i], *odd = rows[2 * i + 1];
-    const __m512i low = even ? load_32(even + first, width) : _mm512_setzero_si512();
-    const __m512i high = odd ? load_32(odd + first, width) : _mm512_setzero_si512();
-    out[0][i] = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(low)),
-                                _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16));
-    out[1][i] =
-        _mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low, 1)),
-                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16));
+    const __m512i a = even ? load_32(even + first, width) : _mm512_setzero_si512();
+    const __m512i b = odd ? load_32(odd + first, width) : _mm512_setzero_si512();
+    const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);  // in each 128 bits
+    out[0][i] = _mm512_permutex2var_epi64(low, left, high);
+    out[1][i] = _mm512_permutex2var_epi64(low, right, high);
   }
 }
 
@@ -102,20 +112,24 @@ struct Multiplier {
   }
   Multiplier(const Multiplier&) = delete;
 
-  // sums[32][32] = left x right over `count` k blocks, for the first `rows` rows at least.
+  // sums[32][32] = left x right over `count` k blocks, for the first `rows` rows at least. Other `work` is called
+  // once per k block, to run on the units that the product leaves idle.
+  template <typename Work>
   void operator()(const Element* left, const Element* right, index count, float* sums, index rows,
-                  Ahead ahead = {}) const {
+                  const Work& work) const {
     if (!amx) {
+      for (index k = 0; k < count; ++k) work();
       for (index r = 0; r < rows; r += 8) dot_rows(left + r * BLOCK, right, count, sums + r * BLOCK);
     } else if (rows > 16) {
-      tiles_32(left, right, count, sums, ahead);
+      tiles_32(left, right, count, sums, work);
     } else {
-      tiles_16(left, right, count, sums);
+      tiles_16(left, right, count, sums, work);
     }
   }
 
  private:
-  static void tiles_32(const Element* left, const Element* right, index count, float* sums, Ahead ahead) {
+  template <typename Work>
+  static void tiles_32(const Element* left, const Element* right, index count, float* sums, const Work& work) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -129,7 +143,7 @@ struct Multiplier {
       _tile_loadd(5, left + TILE / 2, 64);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
-      ahead.step();
+      work();
     }
     _tile_stored(0, sums, 128);
     _tile_stored(1, sums + 16, 128);
@@ -137,7 +151,8 @@ struct Multiplier {
     _tile_stored(3, sums + TILE / 2 + 16, 128);
   }
 
-  static void tiles_16(const Element* left, const Element* right, index count, float* sums) {
+  template <typename Work>
+  static void tiles_16(const Element* left, const Element* right, index count, float* sums, const Work& work) {
     _tile_zero(0);
     _tile_zero(1);
     for (index k = 0; k < count; ++k, left += TILE, right += TILE) {
@@ -146,6 +161,7 @@ struct Multiplier {
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, right + TILE / 2, 64);
       _tile_dpbf16ps(1, 4, 7);
+      work();
     }
     _tile_stored(0, sums, 128);
     _tile_stored(1, sums + 16, 128);

@@ -21,6 +21,20 @@ inline void store_row(float* target, Vector value, index count) {
   _mm512_mask_storeu_ps(target, first_lanes(count), value);
 }
 
+// 32 numbers, and past the caches where the lines are whole: `streams` says so for a whole target.
+inline void store_32(float* target, Vector low, Vector high, index count, bool streams = false) {
+  if (count < 32) {
+    store_row(target, low, count);
+    store_row(target + 16, high, count - 16);
+  } else if (streams) {
+    _mm512_stream_ps(target, low);
+    _mm512_stream_ps(target + 16, high);
+  } else {
+    _mm512_storeu_ps(target, low);
+    _mm512_storeu_ps(target + 16, high);
+  }
+}
+
 // Rows stay rows: a left operand from its rows, or a right one from its k.
 inline void pack_left(float* tile, const float* const* rows, index first, index width) {
   for (index r = 0; r < BLOCK; ++r)
@@ -65,7 +79,8 @@ inline void multiply_rows(const float* left, const float* right, index count, fl
       const Vector b0 = _mm512_loadu_ps(right + k * BLOCK), b1 = _mm512_loadu_ps(right + k * BLOCK + 16);
 #pragma GCC unroll 8
       for (int r = 0; r < 8; ++r) {
-        const Vector a = _mm512_set1_ps(left[r * BLOCK + k]);
+        Vector a = _mm512_set1_ps(left[r * BLOCK + k]);
+        __asm__("" : "+v"(a));  // once into a register, not into both products from memory
         sum[r][0] = _mm512_fmadd_ps(a, b0, sum[r][0]);
         sum[r][1] = _mm512_fmadd_ps(a, b1, sum[r][1]);
       }
@@ -77,11 +92,13 @@ inline void multiply_rows(const float* left, const float* right, index count, fl
 struct Multiplier {
   explicit Multiplier(index) {}
 
-  // sums[32][32] = left x right over `count` k blocks, for the first `rows` rows at least.
+  // sums[32][32] = left x right over `count` k blocks, for the first `rows` rows at least; `work` is called once
+  // per k block.
+  template <typename Work>
   void operator()(const float* left, const float* right, index count, float* sums, index rows,
-                  Ahead ahead = {}) const {
+                  const Work& work) const {
     for (index k = 0; k < count; k += RUN) {
-      for (index i = k; i < least(k + RUN, count); ++i) ahead.step();
+      for (index i = k; i < least(k + RUN, count); ++i) work();
       for (index r = 0; r < rows; r += 8)
         multiply_rows(left + k * TILE + r * BLOCK, right + k * TILE, least(RUN, count - k), sums + r * BLOCK,
                       k > 0);

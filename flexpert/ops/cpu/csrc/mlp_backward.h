@@ -10,8 +10,91 @@ namespace {
 struct BackwardCall {  // in the order of `BACKWARD` in backend.py
   index units, rows, model, hidden, output, experts, slots, gated, activation, threads, amx;
   index x, unit, weight, counts, slot, w1, w2, b2, grad, pre;
-  index d_x, d_weight, d_w1, d_b1, d_w2, d_b2;
+  index d_rows, d_x, d_weight, d_w1, d_b1, d_w2, d_b2;
 };
+
+// A block of g, and all that follows from it elementwise: rows of weight * hidden and weight * d pre, which a last
+// step packs into the operands of the products over rows.
+struct HiddenGradient {
+  using Row = void (*)(const HiddenGradient&, index, const float*);
+  index steps = 0, count = 0;
+  index width = 0, stride = 0, halves = 0, weight_stride = 0;
+  Row row = nullptr;
+  const Element* pre = nullptr;      // the first of its rows, at the block's columns
+  const float* weight = nullptr;     // of its rows
+  float* weight_parts = nullptr;     // of its rows, at its column
+  float (*d_bias)[BLOCK] = nullptr;  // [half][column]
+  Element* hidden_rows = nullptr;
+  Element* hidden_right = nullptr;
+  Element* d_pre_rows[2] = {};
+  Element* d_pre_transposed[2] = {};
+
+  void step(index r, Sums sums) const {
+    if (r >= BLOCK)
+      pack(r - BLOCK);
+    else if (r < count)
+      row(*this, r, sums[0] + r * BLOCK);
+    else
+      clear_row(r);
+  }
+
+  void store(index r, index half, Vector low, Vector high) const {
+    if (d_pre_rows[half]) store_32(d_pre_rows[half] + r * BLOCK, low, high, BLOCK);
+    if (!d_bias) return;
+    float* sums = d_bias[half];
+    _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), low));
+    _mm512_store_ps(sums + 16, _mm512_add_ps(_mm512_load_ps(sums + 16), high));
+  }
+
+ private:
+  void clear_row(index r) const {
+    const Vector zero = _mm512_setzero_ps();
+    if (hidden_right) store_32(hidden_rows + r * BLOCK, zero, zero, BLOCK);
+    for (index half = 0; half < halves; ++half)
+      if (d_pre_rows[half]) store_32(d_pre_rows[half] + r * BLOCK, zero, zero, BLOCK);
+  }
+
+  void pack(index part) const {
+    if (part == halves) {
+      if (hidden_right) pack_right(hidden_right, Rows(hidden_rows, BLOCK, BLOCK).at, 0, BLOCK);
+    } else if (d_pre_transposed[part]) {
+      pack_left_transposed(d_pre_transposed[part], Rows(d_pre_rows[part], BLOCK, BLOCK).at, 0, BLOCK);
+    }
+  }
+};
+
+template <index KIND>
+void hidden_gradient_row(const HiddenGradient& h, index r, const float* grad) {
+  const Vector factor = _mm512_set1_ps(h.weight ? h.weight[r] : 1.0f);
+  const Element *gate = h.pre + r * h.halves * h.stride, *up = gate + h.stride;
+  Vector value[2], d_gate[2], d_up[2], product[2];
+  for (int i = 0; i < 2; ++i) {
+    const Vector g = _mm512_load_ps(grad + 16 * i), weighted = _mm512_mul_ps(g, factor);
+    const Both act = activate<KIND>(load_row(gate + 16 * i, h.width - 16 * i));
+    value[i] = act.value;
+    d_gate[i] = _mm512_mul_ps(weighted, act.slope);
+    if (h.halves == 2) {
+      const Vector times = load_row(up + 16 * i, h.width - 16 * i);
+      d_up[i] = _mm512_mul_ps(weighted, act.value);
+      value[i] = _mm512_mul_ps(act.value, times);
+      d_gate[i] = _mm512_mul_ps(d_gate[i], times);
+    }
+    product[i] = _mm512_mul_ps(g, value[i]);
+    value[i] = _mm512_mul_ps(value[i], factor);
+  }
+  if (h.weight_parts)
+    h.weight_parts[r * h.weight_stride] = _mm512_reduce_add_ps(_mm512_add_ps(product[0], product[1]));
+  if (h.hidden_right) store_32(h.hidden_rows + r * BLOCK, value[0], value[1], BLOCK);
+  h.store(r, 0, d_gate[0], d_gate[1]);
+  if (h.halves == 2) h.store(r, 1, d_up[0], d_up[1]);
+}
+
+template <index... KIND>
+constexpr std::array<HiddenGradient::Row, sizeof...(KIND)> hidden_gradient_table(
+    std::integer_sequence<index, KIND...>) {
+  return {hidden_gradient_row<KIND>...};
+}
+constexpr auto HIDDEN_GRADIENT_ROW = hidden_gradient_table(std::make_integer_sequence<index, ACTIVATIONS>());
 
 class Backward {
  public:
@@ -21,57 +104,70 @@ class Backward {
 
   // The size of all buffers; with memory given, their places as well.
   size_t place(Scratch* memory) {
+    desks.resize(c.threads + 1);
     size_t total = 0;
-    const index rows = plan.most_blocks;
+    for (index i = 0; i <= c.threads; ++i) total += place(desks[i], i == c.threads, memory);
+    return total;
+  }
+
+  void run() {
+    prefer_huge_pages(c.d_w1, c.slots * halves * c.hidden * c.model * sizeof(Element));
+    prefer_huge_pages(c.d_w2, c.slots * c.output * c.hidden * sizeof(Element));
+    on_threads(c.threads, [&] {
+      const Multiplier multiply(c.amx);
+      const Desk& own = desks[omp_get_thread_num()];
+      Desk shared = desks[c.threads];
+      shared.panel = own.panel;
+      clear_all();
+      for (const Wave& wave : plan.shared) compute(wave, shared, multiply);
+#pragma omp for schedule(dynamic)
+      for (index i = 0; i < (index)plan.alone.size(); ++i) compute(plan.alone[i], own, multiply);
+      if (c.d_x)
+        combine(plan, pointer<Element>(c.d_rows), nullptr, pointer<Element>(c.d_x), c.units, c.model);
+    });
+  }
+
+ private:
+  struct Desk {  // where a wave is computed
+    bool is_shared;
+    Element *dy_left, *dy_transposed, *x_right, *d_pre_left, *d_pre_transposed, *hidden_right, *panel;
+    float* weight_parts;
+  };
+
+  size_t place(Desk& desk, bool is_shared, Scratch* memory) const {
+    size_t total = 0;
+    const index rows = is_shared ? plan.most_shared : plan.most_alone;
     const auto buffer = [&](auto*& target, bool is_needed, index size) {
       using T = std::remove_reference_t<decltype(*target)>;
       target = memory && is_needed ? memory->take<T>(size) : nullptr;
       if (is_needed) total += Scratch::size<T>(size);
     };
-    buffer(dy_left, needs_hidden, rows * output * TILE);
-    buffer(dy_transposed, c.d_w2, rows * output * TILE);
-    buffer(x_right, c.d_w1, rows * model * TILE);
-    buffer(d_pre_left, c.d_x, rows * halves * hidden * TILE);
-    buffer(d_pre_transposed, c.d_w1, rows * halves * hidden * TILE);
-    buffer(hidden_right, c.d_w2, rows * hidden * TILE);
-    buffer(weight_parts, c.d_weight, rows * hidden * BLOCK);
-    buffer(panels, true, c.threads * panel_size());
-    buffer(sums, c.d_x && sizeof(Element) != 4, c.units * c.model);
-    if (sizeof(Element) == 4) sums = pointer<float>(c.d_x);
+    desk.is_shared = is_shared;
+    buffer(desk.dy_left, needs_hidden, rows * output * TILE);
+    buffer(desk.dy_transposed, c.d_w2, rows * output * TILE);
+    buffer(desk.x_right, c.d_w1, rows * model * TILE);
+    buffer(desk.d_pre_left, c.d_x, rows * halves * hidden * TILE);
+    buffer(desk.d_pre_transposed, c.d_w1, rows * halves * hidden * TILE);
+    buffer(desk.hidden_right, c.d_w2, rows * hidden * TILE);
+    buffer(desk.weight_parts, c.d_weight, rows * hidden * BLOCK);
+    buffer(desk.panel, !is_shared, WIDEST * std::max(output, halves * hidden) * TILE);
     return total;
   }
 
-  void run() {
-    prefer_huge_pages(c.d_x, c.units * c.model * sizeof(Element));
-    prefer_huge_pages(c.d_w1, c.slots * halves * c.hidden * c.model * sizeof(Element));
-    prefer_huge_pages(c.d_w2, c.slots * c.output * c.hidden * sizeof(Element));
-    on_threads(c.threads, [&] {
-      const Multiplier multiply(c.amx);
-      Element* panel = panels + omp_get_thread_num() * panel_size();
-      clear_all();
-      for (const Wave& wave : plan.waves) {
-        pack_dy_rows(wave);
-        pack_columns_of_rows(wave);
-        if (needs_hidden) hidden_gradient(wave, multiply, panel);
-        if (c.d_weight) sum_weight_parts(wave);
-        if (c.d_w2) outer_product(wave, multiply, pointer<Element>(c.d_w2), dy_transposed, output, c.output, 1,
-                                  hidden_right, hidden, c.hidden);
-        if (c.d_w1) outer_product(wave, multiply, pointer<Element>(c.d_w1), d_pre_transposed, hidden, c.hidden,
-                                  halves, x_right, model, c.model);
-        if (c.d_x) input_gradient(wave, multiply, panel);
-#pragma omp barrier
-      }
-      if (c.d_x) finish(pointer<Element>(c.d_x), sums, c.units * c.model);
-    });
-  }
-
- private:
-  index panel_size() const {
-    return WIDEST * std::max(output, halves * hidden) * TILE;
+  void compute(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
+    pack_wave(wave, desk);
+    if (needs_hidden) hidden_gradient(wave, desk, multiply);
+    if (c.d_weight) sum_weight_parts(wave, desk);
+    if (c.d_w2)
+      outer_product(wave, desk, multiply, pointer<Element>(c.d_w2), desk.dy_transposed, output, c.output, 1,
+                    desk.hidden_right, hidden, c.hidden);
+    if (c.d_w1)
+      outer_product(wave, desk, multiply, pointer<Element>(c.d_w1), desk.d_pre_transposed, hidden, c.hidden, halves,
+                    desk.x_right, model, c.model);
+    if (c.d_x) input_gradient(wave, desk, multiply);
   }
 
   void clear_all() const {
-    if (c.d_x) clear(sums, c.units * c.model * sizeof(float));
     if (c.d_weight) clear(pointer<float>(c.d_weight), c.rows * sizeof(float));
     const index bias1 = halves * c.hidden * sizeof(Element), bias2 = c.output * sizeof(Element);
     for (index slot = 0; slot < c.slots; ++slot) {
@@ -87,45 +183,54 @@ class Backward {
   const float* weight() const { return pointer<float>(c.weight); }
   const index* unit() const { return pointer<index>(c.unit); }
 
-  // dy as a left operand; and dy . b2, the bias' part of the weight's gradient.
-  void pack_dy_rows(const Wave& wave) const {
-    if (!needs_hidden) return;
-#pragma omp for schedule(dynamic) nowait
-    for (index b = 0; b < (index)wave.rows.size(); ++b) {
-      const RowBlock& rows = wave.rows[b];
-      pack_rows(dy_left + b * output * TILE, pointer<Element>(c.grad), c.output, unit() + rows.start, rows.count);
-      if (!c.d_weight || !c.b2) continue;
-      const Element* bias = pointer<Element>(c.b2) + wave.segments[rows.segment].slot * c.output;
-      for (index row = rows.start; row < rows.start + rows.count; ++row) {
-        const Element* dy = pointer<Element>(c.grad) + unit()[row] * c.output;
-        Vector sum = _mm512_setzero_ps();
-        for (index i = 0; i < c.output; i += 16)
-          sum = _mm512_fmadd_ps(load_row(dy + i, c.output - i), load_row(bias + i, c.output - i), sum);
-        pointer<float>(c.d_weight)[row] = _mm512_reduce_add_ps(sum);
-      }
-    }
+  // One task: a block of rows, or the gradient of b2 for a segment and a block of columns.
+  void pack_wave(const Wave& wave, const Desk& desk) const {
+    const index columns = c.d_b2 ? output : 0, all = wave.rows.size();
+    each(desk.is_shared, all + wave.segments.size() * columns, [&](index task) {
+      if (task < all)
+        pack_block(wave, desk, task);
+      else
+        bias2_gradient(wave.segments[(task - all) / columns], (task - all) % columns * BLOCK);
+    });
   }
 
-  // dy and x as operands whose k are the rows; and the gradient of b2. One task per segment and columns.
-  void pack_columns_of_rows(const Wave& wave) const {
-    const index of_dy = c.d_w2 || c.d_b2 ? output : 0, of_x = c.d_w1 ? model : 0, columns = of_dy + of_x;
-#pragma omp for schedule(dynamic)
-    for (index task = 0; task < (index)wave.segments.size() * columns; ++task) {
-      const Segment& segment = wave.segments[task / columns];
-      const index number = task % columns, column = number < of_dy ? number : number - of_dy;
-      for (index j = 0; j < segment.blocks; ++j) {
-        const RowBlock& rows = wave.rows[segment.first_block + j];
-        if (number >= of_dy) {
-          const Rows source(pointer<Element>(c.x), c.model, unit() + rows.start, rows.count);
-          pack_right(x_right + (segment.first_block * model + column * segment.blocks + j) * TILE, source.at,
-                     column * BLOCK, c.model - column * BLOCK);
-        } else if (c.d_w2) {
-          const Rows source(pointer<Element>(c.grad), c.output, unit() + rows.start, rows.count);
-          pack_left_transposed(dy_transposed + (segment.first_block * output + column * segment.blocks + j) * TILE,
-                               source.at, column * BLOCK, c.output - column * BLOCK);
-        }
+  // dy as a left operand, dy and x as operands whose k are the rows; and dy . b2, the bias' part of the weight's
+  // gradient.
+  void pack_block(const Wave& wave, const Desk& desk, index b) const {
+    const RowBlock& rows = wave.rows[b];
+    const Segment& segment = wave.segments[rows.segment];
+    const index* units = unit() + rows.start;
+    const index first = segment.first_block, j = b - first;
+    if (needs_hidden) {
+      const Rows dy(pointer<Element>(c.grad), c.output, units, rows.count);
+      for (index k = 0; k < output; ++k) {
+        dy.ask(k * BLOCK + AHEAD);
+        const index at = k * BLOCK, width = c.output - at;
+        pack_left(desk.dy_left + (b * output + k) * TILE, dy.at, at, width);
+        if (c.d_w2)
+          pack_left_transposed(desk.dy_transposed + (first * output + k * segment.blocks + j) * TILE, dy.at, at,
+                               width);
       }
-      if (number < of_dy && c.d_b2) bias2_gradient(segment, column * BLOCK);
+    }
+    if (c.d_w1) {
+      const Rows x(pointer<Element>(c.x), c.model, units, rows.count);
+      for (index k = 0; k < model; ++k) {
+        x.ask(k * BLOCK + AHEAD);
+        pack_right(desk.x_right + (first * model + k * segment.blocks + j) * TILE, x.at, k * BLOCK,
+                   c.model - k * BLOCK);
+      }
+    }
+    if (c.d_weight && c.b2) bias_products(rows, segment.slot);
+  }
+
+  void bias_products(const RowBlock& rows, index slot) const {
+    const Element* bias = pointer<Element>(c.b2) + slot * c.output;
+    for (index row = rows.start; row < rows.start + rows.count; ++row) {
+      const Element* dy = pointer<Element>(c.grad) + unit()[row] * c.output;
+      Vector sum = _mm512_setzero_ps();
+      for (index i = 0; i < c.output; i += 16)
+        sum = _mm512_fmadd_ps(load_row(dy + i, c.output - i), load_row(bias + i, c.output - i), sum);
+      pointer<float>(c.d_weight)[row] = _mm512_reduce_add_ps(sum);
     }
   }
 
@@ -143,22 +248,29 @@ class Backward {
     }
   }
 
-  // g, and all that follows from it elementwise. One task per segment and hidden columns.
-  void hidden_gradient(const Wave& wave, const Multiplier& multiply, Element* panel) const {
-    const index width = task_width(hidden, c.threads), groups = (hidden + width - 1) / width;
-#pragma omp for schedule(dynamic)
-    for (index task = 0; task < (index)wave.segments.size() * groups; ++task) {
+  // g, and all that follows from it elementwise. One task: some column blocks of the hidden layer of a segment.
+  void hidden_gradient(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
+    const index width = task_width(hidden, desk.is_shared ? c.threads : 1), groups = (hidden + width - 1) / width;
+    Pipeline<HiddenGradient> pipeline(multiply);
+    alignas(64) Element rows[3][TILE];
+    each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, hidden - first);
       alignas(64) float d_bias[WIDEST][2][BLOCK] = {};
-      pack_columns_of_k(panel, output, pointer<Element>(c.w2) + segment.slot * c.output * c.hidden, c.hidden,
-                        c.output, first, number);
-      for (index j = 0; j < segment.blocks; ++j)
+      const Element* weights = pointer<Element>(c.w2) + segment.slot * c.output * c.hidden;
+      pack_columns_of_k(desk.panel, output, weights, c.hidden, c.output, first, number);
+      const index next = first + number < hidden ? first + number : 0, parts = segment.blocks * number;
+      const Area soon = columns_of_k(weights, c.hidden, c.output, next, next ? width : 0);
+      const index block = output * TILE, end = segment.first_block + segment.blocks;
+      for (index b = segment.first_block; b < end; ++b)
         for (index i = 0; i < number; ++i)
-          hidden_block(wave, segment, j, first + i, multiply, panel + i * output * TILE, d_bias[i],
-                       Ahead(dy_left + (segment.first_block + j + 1) * output * TILE, output, i, number));
+          pipeline.product(desk.dy_left + b * block, desk.panel + i * block, 0, output, wave.rows[b].count,
+                           desk.is_shared ? Ahead(packed_rows(desk.dy_left, b + 1, output), i, number, output)
+                                          : Ahead(soon, (b - segment.first_block) * number + i, parts, output),
+                           hidden_gradient_of(wave, desk, b, first + i, rows, d_bias[i]));
+      pipeline.drain();
       for (index i = 0; c.d_b1 && i < number; ++i) store_bias1(segment, (first + i) * BLOCK, d_bias[i]);
-    }
+    });
   }
 
   void store_bias1(const Segment& segment, index first, const float (&d_bias)[2][BLOCK]) const {
@@ -173,138 +285,112 @@ class Backward {
     }
   }
 
-  void hidden_block(const Wave& wave, const Segment& segment, index j, index column, const Multiplier& multiply,
-                    const Element* panel, float (&d_bias)[2][BLOCK], Ahead ahead) const {
-    alignas(64) float grad[TILE], value[TILE], pre[2][TILE];
-    const index b = segment.first_block + j, first = column * BLOCK, width = least(BLOCK, c.hidden - first);
-    const RowBlock& rows = wave.rows[b];
-    multiply(dy_left + b * output * TILE, panel, output, grad, rows.count, ahead);
+  HiddenGradient hidden_gradient_of(const Wave& wave, const Desk& desk, index b, index column,
+                                    Element (&rows)[3][TILE], float (&d_bias)[2][BLOCK]) const {
+    const RowBlock& block = wave.rows[b];
+    const Segment& segment = wave.segments[block.segment];
+    const index start = segment.first_block, j = b - start, first = column * BLOCK;
+    HiddenGradient result;
+    result.steps = BLOCK + halves + 1;
+    result.count = block.count;
+    result.width = c.hidden - first;
+    result.stride = c.hidden;
+    result.halves = halves;
+    result.weight_stride = hidden;
+    result.row = HIDDEN_GRADIENT_ROW[c.activation];
+    result.pre = pointer<Element>(c.pre) + block.start * halves * c.hidden + first;
+    if (weight()) result.weight = weight() + block.start;
+    if (c.d_weight) result.weight_parts = desk.weight_parts + b * BLOCK * hidden + column;
+    if (c.d_b1) result.d_bias = d_bias;
+    result.hidden_rows = rows[2];
+    if (c.d_w2) result.hidden_right = desk.hidden_right + (start * hidden + column * segment.blocks + j) * TILE;
     for (index half = 0; half < halves; ++half) {
-      const Element* source = pointer<Element>(c.pre) + (rows.start * halves + half) * c.hidden + first;
-      for (index r = 0; r < rows.count; ++r, source += halves * c.hidden)
-        for (index i = 0; i < BLOCK; i += 16)
-          _mm512_store_ps(pre[half] + r * BLOCK + i, load_row(source + i, width - i));
-    }
-    HIDDEN_BACKWARD[c.activation](pre[0], c.gated ? pre[1] : nullptr, grad, value, rows.count * BLOCK);
-    if (c.d_weight)
-      for (index r = 0; r < rows.count; ++r) {
-        const Vector low = _mm512_mul_ps(_mm512_load_ps(grad + r * BLOCK), _mm512_load_ps(value + r * BLOCK));
-        const Vector both = _mm512_fmadd_ps(_mm512_load_ps(grad + r * BLOCK + 16),
-                                            _mm512_load_ps(value + r * BLOCK + 16), low);
-        weight_parts[(b * BLOCK + r) * hidden + column] = _mm512_reduce_add_ps(both);
-      }
-    alignas(64) Element packed[TILE];
-    const Rows source(packed, BLOCK, rows.count);
-    if (c.d_w2) {
-      weigh(packed, value, rows, nullptr);
-      pack_right(hidden_right + (segment.first_block * hidden + column * segment.blocks + j) * TILE, source.at, 0,
-                 BLOCK);
-    }
-    if (!c.d_x && !c.d_w1 && !c.d_b1) return;
-    for (index half = 0; half < halves; ++half) {
-      weigh(packed, pre[half], rows, d_bias[half]);
       const index place = half * hidden + column;
-      if (c.d_x) pack_left(d_pre_left + (b * halves * hidden + place) * TILE, source.at, 0, BLOCK);
+      if (c.d_x) result.d_pre_rows[half] = desk.d_pre_left + (b * halves * hidden + place) * TILE;
+      else if (c.d_w1) result.d_pre_rows[half] = rows[half];
       if (c.d_w1)
-        pack_left_transposed(
-            d_pre_transposed + (segment.first_block * halves * hidden + place * segment.blocks + j) * TILE,
-            source.at, 0, BLOCK);
+        result.d_pre_transposed[half] =
+            desk.d_pre_transposed + (start * halves * hidden + place * segment.blocks + j) * TILE;
     }
+    return result;
   }
 
-  // packed = weight of row * values; their sum over rows is added to `total`, if given.
-  void weigh(Element* packed, const float* values, const RowBlock& rows, float* total) const {
-    for (index i = 0; i < BLOCK; i += 16) {
-      Vector sum = total ? _mm512_load_ps(total + i) : _mm512_setzero_ps();
-      for (index r = 0; r < rows.count; ++r) {
-        const Vector factor = _mm512_set1_ps(weight() ? weight()[rows.start + r] : 1.0f);
-        const Vector value = _mm512_mul_ps(factor, _mm512_load_ps(values + r * BLOCK + i));
-        sum = _mm512_add_ps(sum, value);
-        store_row(packed + r * BLOCK + i, value, 16);
-      }
-      if (total) _mm512_store_ps(total + i, sum);
-    }
-  }
-
-  void sum_weight_parts(const Wave& wave) const {
-#pragma omp for schedule(static) nowait
-    for (index b = 0; b < (index)wave.rows.size(); ++b)
+  void sum_weight_parts(const Wave& wave, const Desk& desk) const {
+    each(desk.is_shared, wave.rows.size(), [&](index b) {
       for (index r = 0; r < wave.rows[b].count; ++r) {
         float sum = 0;
-        for (index i = 0; i < hidden; ++i) sum += weight_parts[(b * BLOCK + r) * hidden + i];
+        for (index i = 0; i < hidden; ++i) sum += desk.weight_parts[(b * BLOCK + r) * hidden + i];
         pointer<float>(c.d_weight)[wave.rows[b].start + r] += sum;
       }
+    });
   }
 
   // A weight gradient (slots, parts, size, columns): the product of two operands whose k are a segment's rows.
-  void outer_product(const Wave& wave, const Multiplier& multiply, Element* target, const Element* left,
-                     index left_blocks, index size, index parts, const Element* right, index right_blocks,
-                     index columns) const {
-    constexpr index GROUP = 4;  // row blocks whose left operands stay in the cache over all columns
-    alignas(64) float sums[TILE];
+  // One task: some row blocks of the gradient, whose left operands stay in the cache over all columns.
+  void outer_product(const Wave& wave, const Desk& desk, const Multiplier& multiply, Element* target,
+                     const Element* left, index left_blocks, index size, index parts, const Element* right,
+                     index right_blocks, index columns) const {
+    constexpr index GROUP = 4;
     const index all = left_blocks * parts, groups = (all + GROUP - 1) / GROUP;
-#pragma omp for schedule(dynamic) nowait
-    for (index task = 0; task < (index)wave.segments.size() * groups; ++task) {
+    const bool streams = reinterpret_cast<index>(target) % 64 == 0 && columns * sizeof(Element) % 64 == 0;
+    Pipeline<StoreRows> pipeline(multiply);
+    each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
-      const index first = task % groups * GROUP;
+      const index first = task % groups * GROUP, depth = segment.blocks;
       const Element* lefts = left + segment.first_block * all * TILE;
       const Element* rights = right + segment.first_block * right_blocks * TILE;
       for (index column = 0; column < right_blocks; ++column)
         for (index row = first; row < least(first + GROUP, all); ++row) {
           const index within = row % left_blocks * BLOCK, height = least(BLOCK, size - within);
-          multiply(lefts + row * segment.blocks * TILE, rights + column * segment.blocks * TILE, segment.blocks,
-                   sums, height,
-                   Ahead(rights + (column + 1) * segment.blocks * TILE, segment.blocks, row - first, GROUP));
           Element* place = target + ((segment.slot * parts + row / left_blocks) * size + within) * columns;
-          store_block(place + column * BLOCK, columns, height, columns - column * BLOCK, sums, segment.again);
+          pipeline.product(lefts + row * depth * TILE, rights + column * depth * TILE, 0, depth, height,
+                           Ahead(packed_rows(rights, column + 1, depth), row - first, GROUP, depth),
+                           {height, place + column * BLOCK, columns, columns - column * BLOCK, nullptr,
+                            segment.again, streams && !segment.again});
         }
-    }
+      pipeline.drain();
+    });
+    if (streams) _mm_sfence();
   }
 
-  static void store_block(Element* target, index stride, index height, index width, const float* sums, bool add) {
-    for (index r = 0; r < height; ++r, target += stride, sums += BLOCK)
-      for (index i = 0; i < BLOCK; i += 16) {
-        Vector value = _mm512_load_ps(sums + i);
-        if (add) value = _mm512_add_ps(value, load_row(target + i, width - i));
-        store_row(target + i, value, width - i);
-      }
-  }
-
-  // A task owns columns of d x, as in the forward pass.
-  void input_gradient(const Wave& wave, const Multiplier& multiply, Element* panel) const {
-    alignas(64) float block[TILE];
-    const index width = task_width(model, c.threads), depth = halves * hidden;
-#pragma omp for schedule(dynamic) nowait
-    for (index first = 0; first < model; first += width) {
-      const index number = least(width, model - first);
-      for (const Segment& segment : wave.segments) {
-        for (index half = 0; half < halves; ++half)
-          pack_columns_of_k(panel + half * hidden * TILE, depth,
-                            pointer<Element>(c.w1) + (segment.slot * halves + half) * c.hidden * c.model,
-                            c.model, c.hidden, first, number);
-        for (index b = segment.first_block; b < segment.first_block + segment.blocks; ++b)
-          for (index i = 0; i < number; ++i) {
-            const index at = (first + i) * BLOCK;
-            multiply(d_pre_left + b * depth * TILE, panel + i * depth * TILE, depth, block, wave.rows[b].count,
-                     Ahead(d_pre_left + (b + 1) * depth * TILE, depth, i, number));
-            scatter_block(sums + at, c.model, c.model - at, block, wave.rows[b], unit(), nullptr,
-                          nullptr);
-          }
-      }
-    }
+  // One task: some column blocks of the rows' gradients of a segment.
+  void input_gradient(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
+    const index width = task_width(model, desk.is_shared ? c.threads : 1), groups = (model + width - 1) / width;
+    const index depth = halves * hidden, block = depth * TILE;
+    Pipeline<StoreRows> pipeline(multiply);
+    each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
+      const Segment& segment = wave.segments[task / groups];
+      const index first = task % groups * width, number = least(width, model - first);
+      const Element* weights = pointer<Element>(c.w1) + segment.slot * halves * c.hidden * c.model;
+      for (index half = 0; half < halves; ++half)
+        pack_columns_of_k(desk.panel + half * hidden * TILE, depth, weights + half * c.hidden * c.model, c.model,
+                          c.hidden, first, number);
+      const Area soon = columns_of_k(weights, c.model, halves * c.hidden, first + number, width);
+      const index parts = segment.blocks * number;
+      for (index b = segment.first_block; b < segment.first_block + segment.blocks; ++b)
+        for (index i = 0; i < number; ++i) {
+          const index at = (first + i) * BLOCK;
+          const RowBlock& rows = wave.rows[b];
+          pipeline.product(desk.d_pre_left + b * block, desk.panel + i * block, 0, depth, rows.count,
+                           desk.is_shared ? Ahead(packed_rows(desk.d_pre_left, b + 1, depth), i, number, depth)
+                                          : Ahead(soon, (b - segment.first_block) * number + i, parts, depth),
+                           {rows.count, pointer<Element>(c.d_rows) + rows.start * c.model + at, c.model,
+                            c.model - at});
+        }
+      pipeline.drain();
+    });
   }
 
   const BackwardCall& c;
   const Plan& plan;
   const index halves, model, hidden, output;  // the sizes in blocks
   const bool needs_hidden;
-  Element *dy_left, *dy_transposed, *x_right, *d_pre_left, *d_pre_transposed, *hidden_right, *panels;
-  float *weight_parts, *sums;  // sums of d x: d x itself in fp32
+  std::vector<Desk> desks;  // one per thread, and one for all together
 };
 
 inline index backward(const BackwardCall& call) {
   const Plan plan(call.units, call.rows, call.experts, call.slots, pointer<index>(call.unit),
-                  pointer<index>(call.counts), pointer<index>(call.slot));
+                  pointer<index>(call.counts), pointer<index>(call.slot), call.threads);
   if (plan.status != DONE) return plan.status;
   Backward pass(call, plan);
   Scratch scratch(pass.place(nullptr));

@@ -3,7 +3,9 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <utility>
 
 #include "plan.h"
 
@@ -13,6 +15,10 @@ template <typename T>
 T* pointer(index address) {
   return reinterpret_cast<T*>(address);
 }
+
+constexpr index AHEAD = 4 * BLOCK;  // elements asked for before they are needed
+
+inline void prefetch(const Element* address) { _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0); }
 
 // Pointers to 32 source rows, null past `count`.
 struct Rows {
@@ -24,11 +30,12 @@ struct Rows {
   Rows(const Element* base, index stride, const index* unit, index count) {
     for (index i = 0; i < BLOCK; ++i) at[i] = i < count ? base + unit[i] * stride : nullptr;
   }
+
+  void ask(index first) const {  // soon for the elements from `first` on
+    for (const Element* row : at)
+      if (row) prefetch(row + first);
+  }
 };
-
-constexpr index AHEAD = 4 * BLOCK;  // elements of weights asked for before they are needed
-
-inline void prefetch(const Element* address) { _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0); }
 
 // The right operand of 32 columns from `first` on, of weights stored [columns][size of k].
 inline void pack_columns(Element* panel, const Element* weights, index columns, index size, index first) {
@@ -59,22 +66,139 @@ inline void pack_rows(Element* tiles, const Element* source, index size, const i
   for (index k = 0; k < size; k += BLOCK, tiles += TILE) pack_left(tiles, rows.at, k, size - k);
 }
 
-// target[unit of row][0 .. width) += weight of row * (sums of row + bias), for one block of rows.
-inline void scatter_block(float* target, index stride, index width, const float* sums, const RowBlock& rows,
-                          const index* unit, const float* weight, const Element* bias) {
-  for (index half = 0; half < BLOCK && half < width; half += 16) {
-    const index left = width - half;
-    const __mmask16 lanes = first_lanes(left);
-    const Vector shift = bias ? load_row(bias + half, left) : _mm512_setzero_ps();
-    for (index r = 0; r < rows.count; ++r) {
-      const index row = rows.start + r;
-      float* place = target + unit[row] * stride + half;
-      const Vector value = _mm512_add_ps(_mm512_loadu_ps(sums + r * BLOCK + half), shift);
-      const Vector factor = _mm512_set1_ps(weight ? weight[row] : 1.0f);
-      const Vector before = _mm512_maskz_loadu_ps(lanes, place);
-      _mm512_mask_storeu_ps(place, lanes, _mm512_fmadd_ps(value, factor, before));
+// Memory that products ask for while they run, so that it is near when its turn comes: `rows` of `bytes` each,
+// `stride` bytes apart.
+struct Area {
+  const void* base = nullptr;
+  index bytes = 0, stride = 0, rows = 0;
+};
+
+// Share `part` of `parts` of an area, some lines at each of `steps` calls: not so many that they hold up the loads
+// of a product that runs ten times as fast in bf16.
+struct Ahead {
+  const char *next = nullptr, *row_end = nullptr;
+  index left = 0, lines = 0, bytes = 0, stride = 0;
+
+  Ahead(const Area& area, index part, index parts, index steps) : bytes(area.bytes), stride(area.stride) {
+    const index per_row = (bytes + 63) / 64, share = (per_row * area.rows + parts - 1) / parts;
+    const index first = part * share;
+    left = least(share, per_row * area.rows - first);
+    if (left <= 0 || steps <= 0) return;
+    lines = least(sizeof(Element) == 2 ? 4 : 32, (share + steps - 1) / steps);
+    const char* row = static_cast<const char*>(area.base) + first / per_row * stride;
+    next = row + first % per_row * 64;
+    row_end = row + bytes;
+  }
+  Ahead() = default;
+
+  void step() {
+    for (index i = 0; i < lines && left > 0; ++i, --left) {
+      __builtin_prefetch(next, 0, 2);
+      next += 64;
+      if (next < row_end) continue;
+      next = row_end += stride;
+      next -= bytes;
     }
   }
+};
+
+// What packing will read: one block of packed rows, or blocks of weights stored [parts][columns][size of k].
+inline Area packed_rows(const Element* tiles, index b, index depth) {
+  const index bytes = depth * TILE * sizeof(Element);
+  return {tiles + b * depth * TILE, bytes, bytes, 1};
+}
+
+inline Area columns_of(const Element* weights, index parts, index columns, index size, index first, index number) {
+  const index count = least(columns - first * BLOCK, number * BLOCK), line = size * sizeof(Element);
+  return {weights + first * BLOCK * size, std::max<index>(0, count * line), columns * line, count > 0 ? parts : 0};
+}
+
+inline Area columns_of_k(const Element* weights, index columns, index size, index first, index number) {
+  const index count = least(columns - first * BLOCK, number * BLOCK), line = sizeof(Element);
+  return {weights + first * BLOCK, std::max<index>(0, count * line), columns * line, count > 0 ? size : 0};
+}
+
+using Sums = float (*)[TILE];
+
+// Products of blocks, each with an epilogue that takes its sums up row by row while the next product runs: the
+// unit for matrix products leaves the others idle. Epilogues run in the order of the products.
+//
+// An epilogue has a number of `steps` and `step(i, sums)`, with one block of sums per part of the product.
+template <typename Epilogue>
+class Pipeline {
+ public:
+  Pipeline(const Multiplier& multiply, index parts = 1) : multiply(multiply), parts(parts) {}
+
+  // Part p multiplies `left` with right + p * stride, over `depth` k blocks.
+  void product(const Element* left, const Element* right, index stride, index depth, index rows, Ahead ahead,
+               const Epilogue& next) {
+    const index calls = std::max<index>(1, parts * depth), share = (pending.steps - done + calls - 1) / calls;
+    const Sums before = sums[turn ^ 1];
+    for (index part = 0; part < parts; ++part)
+      multiply(left, right + part * stride, depth, sums[turn][part], rows, [&] {
+        ahead.step();
+        for (index i = 0; i < share && done < pending.steps; ++i) pending.step(done++, before);
+      });
+    drain();
+    pending = next;
+    done = 0;
+    turn ^= 1;
+  }
+
+  void drain() {
+    while (done < pending.steps) pending.step(done++, sums[turn ^ 1]);
+  }
+
+ private:
+  const Multiplier& multiply;
+  const index parts;
+  Epilogue pending{};
+  index done = 0, turn = 0;
+  alignas(64) float sums[2][2][TILE];
+};
+
+// Rows of a result: with a bias of their columns, or added to what is there.
+struct StoreRows {
+  index steps = 0;  // rows
+  Element* target = nullptr;
+  index stride = 0, width = 0;
+  const Element* bias = nullptr;
+  bool adds = false, streams = false;
+
+  void step(index r, Sums sums) const {
+    Vector low = _mm512_load_ps(sums[0] + r * BLOCK), high = _mm512_load_ps(sums[0] + r * BLOCK + 16);
+    Element* place = target + r * stride;
+    if (const Element* other = adds ? place : bias) {
+      low = _mm512_add_ps(low, load_row(other, width));
+      high = _mm512_add_ps(high, load_row(other + 16, width - 16));
+    }
+    store_32(place, low, high, width, streams);
+  }
+};
+
+// result[u] = sum of weight * rows over the rows of unit u, in their order. Inside a parallel region.
+inline void combine(const Plan& plan, const Element* rows, const float* weight, Element* result, index units,
+                    index width) {
+#pragma omp for schedule(static)
+  for (index u = 0; u < units; ++u) {
+    const index *row = plan.row_of.data() + plan.first_row[u], *end = plan.row_of.data() + plan.first_row[u + 1];
+    for (index i = 0; i < width; i += BLOCK) {
+      Vector low = _mm512_setzero_ps(), high = low;
+      for (const index* at = row; at < end; ++at) {
+        const Vector factor = _mm512_set1_ps(weight ? weight[*at] : 1.0f);
+        const Element* source = rows + *at * width + i;
+        low = _mm512_fmadd_ps(factor, load_row(source, width - i), low);
+        high = _mm512_fmadd_ps(factor, load_row(source + 16, width - i - 16), high);
+      }
+      store_32(result + u * width + i, low, high, width - i);
+    }
+  }
+}
+
+// Results are rounded to Element, so that fp32 needs the activations exact.
+template <index KIND>
+inline Both activate(Vector x) {
+  return activate<KIND, sizeof(Element) == 4>(x);
 }
 
 // `body` on every thread of a team. One thread takes no team at all: after a fork the parent's threads are gone,
@@ -101,19 +225,23 @@ inline void prefer_huge_pages(index address, index bytes) {
   if (address && last > first) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);
 }
 
-// Inside a parallel region: the sums in the type of the result, unless they are the result.
-inline void finish(Element* result, const float* sums, index size) {
-  if (static_cast<const void*>(result) == sums) return;
-#pragma omp for schedule(static)
-  for (index first = 0; first < size; first += 16)
-    store_row(result + first, _mm512_maskz_loadu_ps(first_lanes(size - first), sums + first), size - first);
+// `body` of each number below `count`: all threads of the region together, or this one alone.
+template <typename Body>
+void each(bool is_shared, index count, const Body& body) {
+  if (is_shared) {
+#pragma omp for schedule(dynamic)
+    for (index i = 0; i < count; ++i) body(i);
+  } else {
+    for (index i = 0; i < count; ++i) body(i);
+  }
 }
 
 constexpr index WIDEST = sizeof(Element) == 2 ? 8 : 4;
 
 // Column blocks a task works on, so that packed rows are read once for all of them: as many as leave each
-// thread some tasks to choose from.
+// of the threads some tasks to choose from.
 inline index task_width(index column_blocks, index threads) {
+  if (threads == 1) return least(WIDEST, column_blocks);
   return std::max<index>(1, least(WIDEST, column_blocks / (2 * threads)));
 }
 

@@ -6,152 +6,194 @@ namespace {
 
 struct ForwardCall {  // in the order of `FORWARD` in backend.py
   index units, rows, model, hidden, output, experts, slots, gated, activation, threads, amx;
-  index x, unit, weight, counts, slot, w1, b1, w2, b2, pre, y;
+  index x, unit, weight, counts, slot, w1, b1, w2, b2, pre, y_rows, y;
 };
+
+// A block of the hidden layer from its pre-activation: with bias, saved for backward, activated, packed.
+struct HiddenRows {
+  using Row = void (*)(const HiddenRows&, index, Sums);
+  index steps = 0, count = 0;
+  index width = 0, stride = 0, halves = 0;
+  Row row = nullptr;
+  const Element* bias = nullptr;
+  Element *pre = nullptr, *tile = nullptr;
+
+  void step(index r, Sums sums) const {
+    if (r < count)
+      row(*this, r, sums);
+    else
+      store_32(tile + r * BLOCK, _mm512_setzero_ps(), _mm512_setzero_ps(), BLOCK);
+  }
+
+  // 16 columns of one half from `i` on.
+  Vector value(index r, index half, index i, Sums sums) const {
+    const Vector sum = _mm512_load_ps(sums[half] + r * BLOCK + i);
+    return bias ? _mm512_add_ps(sum, load_row(bias + half * stride + i, width - i)) : sum;
+  }
+};
+
+template <index KIND>
+void hidden_row(const HiddenRows& h, index r, Sums sums) {
+  Vector low = h.value(r, 0, 0, sums), high = h.value(r, 0, 16, sums);
+  if (h.pre) store_32(h.pre + r * h.halves * h.stride, low, high, h.width);
+  low = activate<KIND>(low).value, high = activate<KIND>(high).value;
+  if (h.halves == 2) {
+    const Vector up_low = h.value(r, 1, 0, sums), up_high = h.value(r, 1, 16, sums);
+    if (h.pre) store_32(h.pre + (r * 2 + 1) * h.stride, up_low, up_high, h.width);
+    low = _mm512_mul_ps(low, up_low), high = _mm512_mul_ps(high, up_high);
+  }
+  store_32(h.tile + r * BLOCK, low, high, BLOCK);
+}
+
+template <index... KIND>
+constexpr std::array<HiddenRows::Row, sizeof...(KIND)> hidden_row_table(std::integer_sequence<index, KIND...>) {
+  return {hidden_row<KIND>...};
+}
+constexpr auto HIDDEN_ROW = hidden_row_table(std::make_integer_sequence<index, ACTIVATIONS>());
 
 class Forward {
  public:
-  Forward(const ForwardCall& call, const Plan& plan, Scratch& scratch)
-      : c(call), plan(plan), halves(call.gated ? 2 : 1) {
-    packed_x = scratch.take<Element>(plan.most_blocks * blocks(c.model) * TILE);
-    packed_hidden = scratch.take<Element>(plan.most_blocks * blocks(c.hidden) * TILE);
-    panels = scratch.take<Element>(c.threads * panel_size(c));
-    sums = sizeof(Element) == 4 ? pointer<float>(c.y) : scratch.take<float>(c.units * c.output);
-    prefer_huge_pages(c.pre, c.rows * halves * c.hidden * sizeof(Element));
-    prefer_huge_pages(c.y, c.units * c.output * sizeof(Element));
-  }
+  Forward(const ForwardCall& call, const Plan& plan)
+      : c(call), plan(plan), halves(call.gated ? 2 : 1), model(blocks(c.model)), hidden(blocks(c.hidden)),
+        output(blocks(c.output)) {}
 
-  static size_t bytes(const ForwardCall& c, const Plan& plan) {
-    return Scratch::size<Element>(plan.most_blocks * blocks(c.model) * TILE) +
-           Scratch::size<Element>(plan.most_blocks * blocks(c.hidden) * TILE) +
-           Scratch::size<Element>(c.threads * panel_size(c)) +
-           (sizeof(Element) == 4 ? 0 : Scratch::size<float>(c.units * c.output));
+  // The size of all buffers; with memory given, their places as well.
+  size_t place(Scratch* memory) {
+    const index row = (model + hidden) * TILE, alone = plan.most_alone * row + panel_size();
+    if (memory) {
+      together = memory->take<Element>(plan.most_shared * row);
+      own = memory->take<Element>(c.threads * alone);
+    }
+    return Scratch::size<Element>(plan.most_shared * row) + Scratch::size<Element>(c.threads * alone);
   }
 
   void run() {
+    prefer_huge_pages(c.pre, c.rows * halves * c.hidden * sizeof(Element));
     on_threads(c.threads, [&] {
       const Multiplier multiply(c.amx);
-      Element* panel = panels + omp_get_thread_num() * panel_size(c);
-      clear(sums, c.units * c.output * sizeof(float));
+      Element* panel = own + omp_get_thread_num() * (plan.most_alone * (model + hidden) * TILE + panel_size());
       if (c.pre) clear_idle();
-#pragma omp barrier
-      for (const Wave& wave : plan.waves) {
-        gather(wave);
-        first_product(wave, multiply, panel);
-        second_product(wave, multiply, panel);
-      }
-      finish(pointer<Element>(c.y), sums, c.units * c.output);
+      for (const Wave& wave : plan.shared) compute(wave, {true, together, plan.most_shared, panel}, multiply);
+#pragma omp for schedule(dynamic)
+      for (index i = 0; i < (index)plan.alone.size(); ++i)
+        compute(plan.alone[i], {false, panel + panel_size(), plan.most_alone, panel}, multiply);
+      combine(plan, pointer<Element>(c.y_rows), pointer<float>(c.weight), pointer<Element>(c.y), c.units, c.output);
     });
   }
 
  private:
-  static index panel_size(const ForwardCall& c) {
-    const index model = blocks(c.model), hidden = blocks(c.hidden);
-    return WIDEST * std::max(model * (c.gated ? 2 : 1), hidden) * TILE;
-  }
+  struct Desk {  // where a wave is computed
+    bool is_shared;
+    Element* packed;
+    index blocks;
+    Element* panel;
+  };
+
+  index panel_size() const { return WIDEST * std::max(model * halves, hidden) * TILE; }
 
   void clear_idle() const {
     const index size = halves * c.hidden * sizeof(Element);
     for (const RowBlock& rows : plan.idle) clear(pointer<char>(c.pre) + rows.start * size, rows.count * size);
   }
 
-  void gather(const Wave& wave) const {
-#pragma omp for schedule(dynamic)
-    for (index b = 0; b < (index)wave.rows.size(); ++b)
-      pack_rows(packed_x + b * blocks(c.model) * TILE, pointer<Element>(c.x), c.model,
+  void compute(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
+    Element *packed_x = desk.packed, *packed_hidden = desk.packed + desk.blocks * model * TILE;
+    each(desk.is_shared, wave.rows.size(), [&](index b) {
+      pack_rows(packed_x + b * model * TILE, pointer<Element>(c.x), c.model,
                 pointer<index>(c.unit) + wave.rows[b].start, wave.rows[b].count);
+    });
+    first_product(wave, desk, packed_x, packed_hidden, multiply);
+    second_product(wave, desk, packed_hidden, multiply);
   }
 
-  void first_product(const Wave& wave, const Multiplier& multiply, Element* panel) const {
-    const index columns = blocks(c.hidden), depth = blocks(c.model), width = task_width(columns, c.threads);
-    const index groups = (columns + width - 1) / width;
-#pragma omp for schedule(dynamic)
-    for (index task = 0; task < (index)wave.segments.size() * groups; ++task) {
+  const Element* second_weights(const Segment& segment) const {
+    return pointer<Element>(c.w2) + segment.slot * c.output * c.hidden;
+  }
+
+  // One task: some column blocks of the hidden layer for all rows of a segment.
+  void first_product(const Wave& wave, const Desk& desk, const Element* packed_x, Element* packed_hidden,
+                     const Multiplier& multiply) const {
+    const index width = task_width(hidden, desk.is_shared ? c.threads : 1), groups = (hidden + width - 1) / width;
+    Pipeline<HiddenRows> pipeline(multiply, halves);
+    each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
-      const index first = task % groups * width, number = least(width, columns - first);
+      const index first = task % groups * width, number = least(width, hidden - first);
+      const Element* weights = pointer<Element>(c.w1) + segment.slot * halves * c.hidden * c.model;
       for (index i = 0; i < number * halves; ++i)
-        pack_columns(panel + i * depth * TILE,
-                     pointer<Element>(c.w1) + (segment.slot * halves + i % halves) * c.hidden * c.model,
-                     c.hidden, c.model, (first + i / halves) * BLOCK);
+        pack_columns(desk.panel + i * model * TILE, weights + i % halves * c.hidden * c.model, c.hidden, c.model,
+                     (first + i / halves) * BLOCK);
+      const index next = first + number < hidden ? first + number : 0;  // at the end: the second weights
+      const Area soon = next ? columns_of(weights, halves, c.hidden, c.model, next, width)
+                             : columns_of(second_weights(segment), 1, c.output, c.hidden, 0, WIDEST);
+      const index parts = segment.blocks * number;
       for (index b = segment.first_block; b < segment.first_block + segment.blocks; ++b)
         for (index i = 0; i < number; ++i)
-          hidden_block(wave.rows[b], segment.slot, b, first + i, multiply, panel + i * halves * depth * TILE,
-                       Ahead(packed_x + (b + 1) * depth * TILE, depth, i, number));
-    }
+          pipeline.product(packed_x + b * model * TILE, desk.panel + i * halves * model * TILE, model * TILE, model,
+                           wave.rows[b].count,
+                           desk.is_shared ? Ahead(packed_rows(packed_x, b + 1, model), i, number, model)
+                                          : Ahead(soon, (b - segment.first_block) * number + i, parts, model),
+                           hidden_rows(wave.rows[b], segment.slot, first + i,
+                                       packed_hidden + (b * hidden + first + i) * TILE));
+      pipeline.drain();
+    });
   }
 
-  void hidden_block(const RowBlock& rows, index slot, index b, index column, const Multiplier& multiply,
-                    const Element* panel, Ahead ahead) const {
-    alignas(64) float values[2][TILE];
-    alignas(64) Element narrow_rows[TILE];
-    const index depth = blocks(c.model), first = column * BLOCK, width = least(BLOCK, c.hidden - first);
-    for (index half = 0; half < halves; ++half) {
-      multiply(packed_x + b * depth * TILE, panel + half * depth * TILE, depth, values[half], rows.count,
-               half ? Ahead() : ahead);
-      const index at = half * c.hidden + first;
-      if (c.b1) add_bias(values[half], pointer<Element>(c.b1) + slot * halves * c.hidden + at, width, rows.count);
-      if (c.pre) {
-        Element* pre = pointer<Element>(c.pre) + rows.start * halves * c.hidden + at;
-        for (index r = 0; r < rows.count; ++r, pre += halves * c.hidden)
-          for (index i = 0; i < width; i += 16)
-            store_row(pre + i, _mm512_loadu_ps(values[half] + r * BLOCK + i), width - i);
-      }
-    }
-    HIDDEN_FORWARD[c.activation](values[0], c.gated ? values[1] : nullptr, rows.count * BLOCK);
-    for (index i = 0; i < rows.count * BLOCK; i += 16)
-      store_row(narrow_rows + i, _mm512_loadu_ps(values[0] + i), 16);
-    const Rows source(narrow_rows, BLOCK, rows.count);
-    pack_left(packed_hidden + (b * blocks(c.hidden) + column) * TILE, source.at, 0, BLOCK);
+  HiddenRows hidden_rows(const RowBlock& rows, index slot, index column, Element* tile) const {
+    const index first = column * BLOCK;
+    HiddenRows result;
+    result.steps = BLOCK;
+    result.count = rows.count;
+    result.width = c.hidden - first;
+    result.stride = c.hidden;
+    result.halves = halves;
+    result.row = HIDDEN_ROW[c.activation];
+    if (c.b1) result.bias = pointer<Element>(c.b1) + slot * halves * c.hidden + first;
+    if (c.pre) result.pre = pointer<Element>(c.pre) + rows.start * halves * c.hidden + first;
+    result.tile = tile;
+    return result;
   }
 
-  static void add_bias(float* sums, const Element* bias, index width, index count) {
-    for (index i = 0; i < width; i += 16) {
-      const Vector shift = load_row(bias + i, width - i);
-      for (float* place = sums + i; place < sums + count * BLOCK; place += BLOCK)
-        _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), shift));
-    }
-  }
-
-  // A task owns columns of y, for all rows and in their order: no two threads add to one element, and the
-  // result does not depend on their number.
-  void second_product(const Wave& wave, const Multiplier& multiply, Element* panel) const {
-    alignas(64) float block[TILE];
-    const index columns = blocks(c.output), depth = blocks(c.hidden), width = task_width(columns, c.threads);
-#pragma omp for schedule(dynamic)
-    for (index first = 0; first < columns; first += width) {
-      const index number = least(width, columns - first);
-      for (const Segment& segment : wave.segments) {
-        for (index i = 0; i < number; ++i)
-          pack_columns(panel + i * depth * TILE,
-                       pointer<Element>(c.w2) + segment.slot * c.output * c.hidden, c.output, c.hidden,
-                       (first + i) * BLOCK);
-        for (index b = segment.first_block; b < segment.first_block + segment.blocks; ++b)
-          for (index i = 0; i < number; ++i) {
-            const index at = (first + i) * BLOCK;
-            multiply(packed_hidden + b * depth * TILE, panel + i * depth * TILE, depth, block,
-                     wave.rows[b].count, Ahead(packed_hidden + (b + 1) * depth * TILE, depth, i, number));
-            scatter_block(sums + at, c.output, c.output - at, block, wave.rows[b],
-                          pointer<index>(c.unit), pointer<float>(c.weight),
-                          c.b2 ? pointer<Element>(c.b2) + segment.slot * c.output + at : nullptr);
-          }
-      }
-    }
+  // One task: some column blocks of the output for all rows of a segment.
+  void second_product(const Wave& wave, const Desk& desk, const Element* packed_hidden,
+                      const Multiplier& multiply) const {
+    const index width = task_width(output, desk.is_shared ? c.threads : 1), groups = (output + width - 1) / width;
+    Pipeline<StoreRows> pipeline(multiply);
+    each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
+      const Segment& segment = wave.segments[task / groups];
+      const index first = task % groups * width, number = least(width, output - first);
+      for (index i = 0; i < number; ++i)
+        pack_columns(desk.panel + i * hidden * TILE, second_weights(segment), c.output, c.hidden, (first + i) * BLOCK);
+      const Area soon = columns_of(second_weights(segment), 1, c.output, c.hidden, first + number, width);
+      const index parts = segment.blocks * number;
+      for (index b = segment.first_block; b < segment.first_block + segment.blocks; ++b)
+        for (index i = 0; i < number; ++i) {
+          const index at = (first + i) * BLOCK;
+          const RowBlock& rows = wave.rows[b];
+          pipeline.product(packed_hidden + b * hidden * TILE, desk.panel + i * hidden * TILE, 0, hidden, rows.count,
+                           desk.is_shared ? Ahead(packed_rows(packed_hidden, b + 1, hidden), i, number, hidden)
+                                          : Ahead(soon, (b - segment.first_block) * number + i, parts, hidden),
+                           {rows.count, pointer<Element>(c.y_rows) + rows.start * c.output + at, c.output,
+                            c.output - at, c.b2 ? pointer<Element>(c.b2) + segment.slot * c.output + at : nullptr});
+        }
+      pipeline.drain();
+    });
   }
 
   const ForwardCall& c;
   const Plan& plan;
-  const index halves;
-  Element *packed_x, *packed_hidden, *panels;
-  float* sums;  // of y: y itself in fp32
+  const index halves, model, hidden, output;  // the sizes in blocks
+  Element *together = nullptr, *own = nullptr;
 };
 
 inline index forward(const ForwardCall& call) {
   const Plan plan(call.units, call.rows, call.experts, call.slots, pointer<index>(call.unit),
-                  pointer<index>(call.counts), pointer<index>(call.slot));
+                  pointer<index>(call.counts), pointer<index>(call.slot), call.threads);
   if (plan.status != DONE) return plan.status;
-  Scratch scratch(Forward::bytes(call, plan));
+  Forward pass(call, plan);
+  Scratch scratch(pass.place(nullptr));
   if (!scratch) return NO_MEMORY;
-  Forward(call, plan, scratch).run();
+  pass.place(&scratch);
+  pass.run();
   return DONE;
 }
 

@@ -1,10 +1,13 @@
 // The order of work: experts in waves, rows of an expert in blocks; and the memory that holds packed operands.
 //
-// A wave is a run of experts with enough rows to keep all threads busy, few enough for its packed rows to stay
-// near the cores, and no two that share a weight slot, so that tasks of one wave never write the same gradient.
+// Experts with few rows are waves of one, each computed by one thread alone, so that what it packs stays in the
+// caches of its core. The others are computed by all threads together: runs of experts with enough rows to keep
+// all busy, few enough for the packed rows to stay near, and no two that share a weight slot, so that tasks of
+// one wave never write the same gradient.
 #pragma once
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
@@ -13,7 +16,7 @@
 
 namespace {
 
-constexpr index WAVE_BLOCKS = 32;
+constexpr index WAVE_BLOCKS = 32, ALONE_ROWS = 512;
 
 enum Status : index { DONE = 0, TOO_MANY_ROWS = 1, UNIT_OUT_OF_RANGE = 2, SLOT_OUT_OF_RANGE = 3, NO_MEMORY = 4 };
 
@@ -34,53 +37,91 @@ struct Wave {
 };
 
 struct Plan {
-  std::vector<Wave> waves;
+  std::vector<Wave> shared, alone;
   std::vector<char> is_used;      // per slot
   std::vector<RowBlock> idle;     // rows of absent experts and past the total; of no segment
-  index most_blocks = 0;
+  std::vector<index> first_row;   // of each unit, in `row_of`; and the end
+  std::vector<index> row_of;      // rows by unit, in their order
+  index most_shared = 0, most_alone = 0;  // blocks of one wave
   index status;
 
   Plan(index units, index rows, index experts, index slots, const index* unit, const index* counts,
-       const index* slot_of)
-      : is_used(slots, 0), status(fill(units, rows, experts, unit, counts, slot_of)) {}
+       const index* slot_of, index threads)
+      : is_used(slots, 0) {
+    status = find(rows, experts, slots, counts, slot_of);
+    if (status == DONE) status = group(units, unit);
+    if (status == DONE) make_waves(threads);
+  }
 
  private:
-  index fill(index units, index rows, index experts, const index* unit, const index* counts,
-             const index* slot_of) {
-    const index slots = is_used.size();
-    std::vector<index> wave_of(slots, -1);
+  struct Found {
+    index start, count, slot;
+  };
+  std::vector<Found> found;
+
+  index find(index rows, index experts, index slots, const index* counts, const index* slot_of) {
     index start = 0;
     for (index expert = 0; expert < experts; ++expert) {
       const index count = counts[expert], slot = slot_of ? slot_of[expert] : expert;
       if (count < 0 || count > rows - start) return TOO_MANY_ROWS;
       if (slot >= slots && count) return SLOT_OUT_OF_RANGE;
-      if (count && slot >= 0) {
-        for (index i = start; i < start + count; ++i)
-          if (unit[i] < 0 || unit[i] >= units) return UNIT_OUT_OF_RANGE;
-        if (waves.empty() || is_full(waves.back(), count) || wave_of[slot] == (index)waves.size() - 1)
-          waves.emplace_back();
-        add(waves.back(), start, count, slot);
-        wave_of[slot] = (index)waves.size() - 1;
-      } else if (count) {
+      if (count && slot >= 0)
+        found.push_back({start, count, slot});
+      else if (count)
         idle.push_back({start, count, -1});
-      }
       start += count;
     }
     if (start < rows) idle.push_back({start, rows - start, -1});
     return DONE;
   }
 
+  index group(index units, const index* unit) {
+    first_row.assign(units + 2, 0);
+    index total = 0;
+    for (const Found& f : found) {
+      for (index row = f.start; row < f.start + f.count; ++row) {
+        if (unit[row] < 0 || unit[row] >= units) return UNIT_OUT_OF_RANGE;
+        ++first_row[unit[row] + 2];
+      }
+      total += f.count;
+    }
+    for (index u = 2; u < units + 2; ++u) first_row[u] += first_row[u - 1];
+    row_of.resize(total);
+    for (const Found& f : found)
+      for (index row = f.start; row < f.start + f.count; ++row) row_of[first_row[unit[row] + 1]++] = row;
+    return DONE;
+  }
+
+  void make_waves(index threads) {
+    std::vector<index> uses(is_used.size(), 0), wave_of(is_used.size(), -1);
+    for (const Found& f : found) ++uses[f.slot];
+    const auto is_small = [&](const Found& f) { return f.count <= ALONE_ROWS && uses[f.slot] == 1; };
+    const bool has_many = std::count_if(found.begin(), found.end(), is_small) >= 4 * threads;
+    for (const Found& f : found) {
+      const bool is_alone = has_many && is_small(f);
+      std::vector<Wave>& waves = is_alone ? alone : shared;
+      if (is_alone || waves.empty() || is_full(waves.back(), f.count) ||
+          wave_of[f.slot] == (index)waves.size() - 1)
+        waves.emplace_back();
+      add(waves.back(), f);
+      index& most = is_alone ? most_alone : most_shared;
+      most = std::max(most, (index)waves.back().rows.size());
+      wave_of[f.slot] = (index)waves.size() - 1;
+    }
+    std::stable_sort(alone.begin(), alone.end(),
+                     [](const Wave& a, const Wave& b) { return a.rows.size() > b.rows.size(); });
+  }
+
   static bool is_full(const Wave& wave, index count) {
     return (index)wave.rows.size() + blocks(count) > WAVE_BLOCKS;
   }
 
-  void add(Wave& wave, index start, index count, index slot) {
+  void add(Wave& wave, const Found& f) {
     const index first = wave.rows.size(), number = wave.segments.size();
-    wave.segments.push_back({start, count, slot, first, blocks(count), is_used[slot] != 0});
-    for (index done = 0; done < count; done += BLOCK)
-      wave.rows.push_back({start + done, least(BLOCK, count - done), number});
-    is_used[slot] = 1;
-    if ((index)wave.rows.size() > most_blocks) most_blocks = wave.rows.size();
+    wave.segments.push_back({f.start, f.count, f.slot, first, blocks(f.count), is_used[f.slot] != 0});
+    for (index done = 0; done < f.count; done += BLOCK)
+      wave.rows.push_back({f.start + done, least(BLOCK, f.count - done), number});
+    is_used[f.slot] = 1;
   }
 };
 
