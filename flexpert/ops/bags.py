@@ -66,3 +66,13 @@ def sum_rows(
     index = order if kept is None else kept[order]
     index, weight, terms = _terms(index, None if weight_N is None else weight_N[index], rows_ND.dtype)
     return _bags(rows_ND, index, edges * terms, weight)
+
+
+def sum_runs(rows_ND: Tensor, weight_N: Tensor | None, edges: Tensor) -> Tensor:
+    """y[i] = sum of weight_N[j] * rows[j] over edges[i] <= j < edges[i + 1].
+
+    The rows may be more than the weights and the last edge: those past it are not read.
+    """
+    index = torch.arange(len(rows_ND) if weight_N is None else len(weight_N), device=rows_ND.device)
+    index, weight, terms = _terms(index, weight_N, rows_ND.dtype)
+    return _bags(rows_ND, index, edges * terms, weight)

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import get_activation
+from .activations import get_activation, hidden_backward, hidden_forward
 from .bags import wide
 from .portable import assign
-from .portable_mlp import hidden_backward, hidden_forward
 from .products import slack
 
 

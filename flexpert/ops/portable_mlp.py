@@ -1,8 +1,7 @@
-"""The fused grouped MLP in plain PyTorch: one pass over the experts, keeping only the pre-activation.
+"""The fused grouped MLP in plain PyTorch: waves of experts, keeping only the pre-activation.
 
-Weights of rows never scale a hidden tensor: they enter where rows are gathered or summed, in fp32. Rows of a
-segment are computed in padded numbers (see `products`); what follows a segment is zeroed where it would enter
-a sum over rows, and overwritten by the next segment where it is written.
+Weights of rows never scale a hidden tensor: they enter where rows are gathered or summed, in fp32. Everything
+as wide as a wave is written to buffers that all waves share: fresh pages cost as much as products.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .activations import Activation, get_activation
-from .bags import RowSource, sum_rows, wide
+from .activations import Activation, get_activation, hidden_backward, hidden_forward
+from .bags import RowSource, sum_rows, sum_runs, wide
 from .memory import empty
-from .products import outer_product, padded, row_product, segments, slack, turning_pays
+from .products import outer_product, row_product, slack, turning_pays
+from .waves import Wave, waves
 
 
 def _kept(counts_E: Tensor, slot_E: Tensor | None) -> Tensor | None:
@@ -25,24 +25,9 @@ def _kept(counts_E: Tensor, slot_E: Tensor | None) -> Tensor | None:
     return (slot_E >= 0).repeat_interleave(counts_E).nonzero()[:, 0]
 
 
-def hidden_forward(act: Activation, pre: Tensor, gated: bool) -> Tensor:
-    """act(pre), or act(gate) * up for a pre-activation of (n, 2F)."""
-    if not gated:
-        return act.forward(pre)
-    gate, up = pre.chunk(2, dim=1)
-    return act.forward(gate).mul_(up)
-
-
-def hidden_backward(act: Activation, grad: Tensor, pre: Tensor, gated: bool) -> Tensor:
-    """The gradient of `pre` from that of its hidden_forward."""
-    if not gated:
-        return act.backward(grad, pre)
-    gate, up = pre.chunk(2, dim=1)
-    d_pre = torch.empty_like(pre)
-    d_gate, d_up = d_pre.chunk(2, dim=1)
-    torch.mul(grad, act.forward(gate), out=d_up)
-    d_gate.copy_(act.backward(grad * up, gate))
-    return d_pre
+def _room(plan: list[Wave]) -> int:
+    """Rows of the largest wave."""
+    return max((wave.size for wave in plan), default=0)
 
 
 def _combine(
@@ -58,6 +43,43 @@ def _combine(
     return sum_rows(rows_N, unit_N[:total], weight_N, _kept(counts_E, slot_E), units)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Layers:
+    """Both layers of all slots; the first has rows for gate and up side by side."""
+
+    act: Activation
+    gated: bool
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+
+    def first(self, slot: int) -> tuple[Tensor, Tensor | None]:
+        return self.w1[slot].t(), None if self.b1 is None else self.b1[slot]
+
+    def second(self, slot: int) -> tuple[Tensor, Tensor | None]:
+        return self.w2[slot].t(), None if self.b2 is None else self.b2[slot]
+
+    def turning_pays(self, wave: Wave) -> bool:
+        sizes = ((part.slot, part.rows.stop - part.rows.start) for part in wave.parts)
+        return all(turning_pays(size, self.w1[slot], self.w2[slot]) for slot, size in sizes)
+
+    def run(self, wave: Wave, x: Tensor, pre: Tensor, hidden: Tensor, y: Tensor) -> None:
+        """From the rows of a wave to `y`, through `pre` and `hidden`."""
+        for part in wave.parts:
+            row_product(x[part.rows], *self.first(part.slot), out=pre[part.rows])
+        hidden_forward(self.act, pre, self.gated, out=hidden)
+        for part in wave.parts:
+            row_product(hidden[part.rows], *self.second(part.slot), out=y[part.rows])
+
+    def run_turned(self, wave: Wave, x: Tensor, y: Tensor) -> None:
+        """The same with hidden tensors that are never turned back, and so are those of one expert."""
+        for part in wave.parts:
+            pre = row_product(x[part.rows], *self.first(part.slot), turned=True)
+            hidden = hidden_forward(self.act, pre, self.gated)
+            row_product(hidden, *self.second(part.slot), out=y[part.rows], turned=True)
+
+
 def grouped_mlp(
     x_TD: Tensor,
     unit_N: Tensor,
@@ -71,19 +93,31 @@ def grouped_mlp(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y_TO, pre): pre is the pre-activation, (N + slack, F or 2F), empty without `save`."""
-    act, gated, spare = get_activation(activation), w1.dim() == 4, slack(x_TD.dtype)
-    w1, b1 = w1.flatten(1, -2), None if b1 is None else b1.flatten(1)
-    source = RowSource(x_TD, unit_N)
-    pre_N = empty(x_TD, (len(unit_N) + spare if save else 0, w1.shape[1]))
+    """(y_TO, pre): pre is the pre-activation, (N + slack, F or 2F), empty without `save`.
+
+    Its rows are those of unit_N; of absent experts and past the total they are zeros.
+    """
+    layers = _Layers(
+        act=get_activation(activation),
+        gated=w1.dim() == 4,
+        w1=w1.flatten(1, -2),
+        b1=None if b1 is None else b1.flatten(1),
+        w2=w2,
+        b2=b2,
+    )
+    source, spare, inner = RowSource(x_TD, unit_N), slack(x_TD.dtype), layers.w1.shape[1]
+    plan = list(waves(counts_E, slot_E, x_TD.dtype))
+    pre_N = empty(x_TD, (len(unit_N) + spare if save else 0, inner))
     y_NO = empty(x_TD, (len(unit_N) + spare, w2.shape[1]))
-    for slot, start, stop in segments(counts_E, slot_E):
-        end = start + padded(stop - start, x_TD.dtype)
-        turned = not save and turning_pays(end - start, w1[slot], w2[slot])
-        x, y = source.take(start, stop, end - start), y_NO[start:end]
-        bias1, bias2 = None if b1 is None else b1[slot], None if b2 is None else b2[slot]
-        pre = row_product(x, w1[slot].t(), bias1, pre_N[start:end] if save else None, turned=turned)
-        row_product(hidden_forward(act, pre, gated), w2[slot].t(), bias2, y, turned=turned)
+    pre_room = empty(x_TD, (0 if save else _room(plan), inner))
+    hidden_room = empty(x_TD, (_room(plan), w2.shape[2]))
+    for wave in plan:
+        x, y = source.take(wave.start, wave.stop, wave.size), y_NO[wave.start :]
+        if not save and layers.turning_pays(wave):
+            layers.run_turned(wave, x, y)
+        else:
+            pre = pre_N[wave.start :] if save else pre_room
+            layers.run(wave, x, pre[: wave.size], hidden_room[: wave.size], y)
     if save:  # rows that nothing wrote
         pre_N[int(counts_E.sum()) :] = 0
         if slot_E is not None:
@@ -93,7 +127,7 @@ def grouped_mlp(
 
 @dataclass(kw_only=True)
 class _Gradients:
-    """The gradients that are asked for (others are None), filled one expert at a time."""
+    """The gradients that are asked for (others are None), filled one wave at a time."""
 
     act: Activation
     gated: bool
@@ -104,6 +138,9 @@ class _Gradients:
     x: RowSource
     grad: RowSource
     weighted_grad: RowSource
+    hidden: Tensor
+    d_hidden: Tensor
+    d_pre: Tensor
     d_rows: Tensor | None
     d_weight: Tensor | None
     d_w1: Tensor | None
@@ -112,43 +149,65 @@ class _Gradients:
     d_b2: Tensor | None
     seen: set[int] = field(default_factory=set)
 
-    def add(self, slot: int, start: int, stop: int, pre: Tensor) -> None:
-        """One expert's part; `pre` has its padded number of rows."""
-        count, size, again = stop - start, len(pre), slot in self.seen
-        self.seen.add(slot)
-        dy = self.grad.take(start, stop, size)
-        d_hidden = row_product(dy, self.w2[slot])
-        if self.d_weight is not None or self.d_w2 is not None:
-            hidden = hidden_forward(self.act, pre, self.gated)
-            hidden[count:] = 0
-        if self.d_weight is not None:
-            acc = self.d_weight.dtype
-            d_weight = (d_hidden[:count] * hidden[:count]).sum(1, dtype=acc)
-            if self.b2 is not None:
-                d_weight += torch.mv(dy[:count], self.b2[slot])
-            self.d_weight[start:stop] = d_weight
-        if self.weight_N is not None and (self.d_w2 is not None or self.d_b2 is not None):
-            dy = self.weighted_grad.take(start, stop, size)
-        if self.d_w2 is not None:
-            outer_product(dy, hidden, self.d_w2[slot], accumulate=again)
+    def add(self, wave: Wave, pre: Tensor) -> None:
+        """One wave's part; `pre` has its `size` rows."""
+        dy = self.grad.take(wave.start, wave.stop, wave.size)
+        hidden, d_hidden = self.hidden[: wave.size], self.d_hidden[: wave.size]
+        need_first = self.d_rows is not None or self.d_w1 is not None or self.d_b1 is not None
         if self.d_b2 is not None:
-            self.d_b2[slot] += dy.sum(0)
-        if self.d_rows is not None or self.d_w1 is not None or self.d_b1 is not None:
-            d_pre = hidden_backward(self.act, d_hidden, pre, self.gated)
-            self._add_first(slot, start, stop, d_pre, again)
+            self._add_bias(wave, dy, self.d_b2)
+        if self.d_weight is not None or self.d_w2 is not None:
+            hidden_forward(self.act, pre, self.gated, out=hidden)
+        if self.d_weight is not None or need_first:
+            for part in wave.parts:
+                row_product(dy[part.rows], self.w2[part.slot], out=d_hidden[part.rows])
+        if self.d_weight is not None:
+            self._set_weight(wave, dy, hidden, d_hidden, self.d_weight[wave.start : wave.stop])
+        if need_first:
+            self._add_first(wave, pre, d_hidden)
+        if self.d_w2 is not None:
+            if self.weight_N is not None:
+                dy = self.weighted_grad.take(wave.start, wave.stop, wave.size)
+            self._add_outer(wave, dy, hidden, self.d_w2)
+        self.seen.update(part.slot for part in wave.parts)
 
-    def _add_first(self, slot: int, start: int, stop: int, d_pre: Tensor, again: bool) -> None:
-        """From the gradient of the pre-activation, without the rows' weights, to the first layer's."""
-        count, size = stop - start, len(d_pre)
-        d_pre[count:] = 0
+    def _set_weight(self, wave: Wave, dy: Tensor, hidden: Tensor, d_hidden: Tensor, d_weight: Tensor) -> None:
+        """The product of a row's gradient with the row before it was weighted."""
+        count = wave.stop - wave.start
+        product = self.d_pre[:count, : hidden.shape[1]]  # nothing else is in this buffer yet
+        torch.mul(d_hidden[:count], hidden[:count], out=product)
+        torch.sum(product, 1, dtype=d_weight.dtype, out=d_weight)
+        if self.b2 is not None:
+            for part in wave.parts:
+                d_weight[part.own] += torch.mv(dy[part.own], self.b2[part.slot])
+
+    def _add_first(self, wave: Wave, pre: Tensor, d_hidden: Tensor) -> None:
+        """From the gradient of the hidden rows, without the rows' weights, to the first layer's."""
+        d_pre = hidden_backward(self.act, d_hidden, pre, self.gated, out=self.d_pre[: wave.size])
         if self.d_rows is not None:
-            row_product(d_pre, self.w1[slot], out=self.d_rows[start : start + size])
-        if self.d_w1 is not None:
-            outer_product(d_pre, self.x.take(start, stop, size), self.d_w1[slot], accumulate=again)
+            d_rows = self.d_rows[wave.start :]
+            for part in wave.parts:
+                row_product(d_pre[part.rows], self.w1[part.slot], out=d_rows[part.rows])
         if self.d_b1 is not None:
-            weight = None if self.weight_N is None else self.weight_N[start:stop]
-            one = torch.zeros(count, dtype=torch.int64, device=d_pre.device)
-            self.d_b1[slot] += sum_rows(d_pre, one, weight, None, 1)[0]
+            self._add_bias(wave, d_pre, self.d_b1)
+        if self.d_w1 is not None:
+            self._add_outer(wave, d_pre, self.x.take(wave.start, wave.stop, wave.size), self.d_w1)
+
+    def _add_bias(self, wave: Wave, rows: Tensor, total: Tensor) -> None:
+        """The weighted sum of the rows of each part, added to its slot."""
+        weight = None if self.weight_N is None else self.weight_N[wave.start : wave.stop]
+        sums = sum_runs(rows, weight, wave.edges(rows.device))
+        total.index_add_(0, wave.slots(rows.device), sums)
+
+    def _add_outer(self, wave: Wave, a: Tensor, b: Tensor, total: Tensor) -> None:
+        """a^T @ b of each part, added to its slot. Zeroes rows of both."""
+        seen = set(self.seen)
+        for part in reversed(wave.parts):
+            if part.spare.start < part.spare.stop:
+                a[part.spare].zero_()
+                b[part.spare].zero_()
+            outer_product(a[part.rows], b[part.rows], total[part.slot], accumulate=part.slot in seen)
+            seen.add(part.slot)
 
     def clear_unseen(self) -> None:
         """Zeros for the weights of experts without rows."""
@@ -176,6 +235,8 @@ def grouped_mlp_backward(
     flat = w1.flatten(1, -2)
     need_x, need_weight, need_w1, need_b1, need_w2, need_b2 = needs
     acc = wide(x_TD.dtype) if weight_N is None else weight_N.dtype
+    plan = list(waves(counts_E, slot_E, x_TD.dtype))
+    room = _room(plan)
     gradients = _Gradients(
         act=get_activation(activation),
         gated=w1.dim() == 4,
@@ -186,6 +247,9 @@ def grouped_mlp_backward(
         x=RowSource(x_TD, unit_N, weight_N),
         grad=RowSource(grad_TO, unit_N),
         weighted_grad=RowSource(grad_TO, unit_N, weight_N),
+        hidden=empty(x_TD, (room, w2.shape[2])),
+        d_hidden=empty(x_TD, (room, w2.shape[2])),
+        d_pre=empty(x_TD, (room, flat.shape[1])),
         d_rows=empty(x_TD, (len(unit_N) + slack(x_TD.dtype), x_TD.shape[1])) if need_x else None,
         d_weight=torch.zeros(len(unit_N), dtype=acc, device=x_TD.device) if need_weight else None,
         d_w1=empty(w1, flat.shape) if need_w1 else None,
@@ -193,8 +257,8 @@ def grouped_mlp_backward(
         d_w2=empty(w2, w2.shape) if need_w2 else None,
         d_b2=w2.new_zeros(w2.shape[:2]) if need_b2 else None,
     )
-    for slot, start, stop in segments(counts_E, slot_E):
-        gradients.add(slot, start, stop, pre_N[start : start + padded(stop - start, x_TD.dtype)])
+    for wave in plan:
+        gradients.add(wave, pre_N[wave.start : wave.start + wave.size])
     gradients.clear_unseen()
     d_x = None
     if gradients.d_rows is not None:

@@ -23,8 +23,8 @@ def padded(count: int, dtype: torch.dtype) -> int:
 
 
 def slack(dtype: torch.dtype) -> int:
-    """Rows a buffer needs past its last one, so that padded segments of it may be read and written."""
-    return ROW_TILE - 1 if dtype.itemsize == 2 else 0
+    """Rows a buffer needs past its last one: for a padded last segment, and one more rounding (`waves`)."""
+    return 2 * (ROW_TILE - 1) if dtype.itemsize == 2 else 0
 
 
 def segments(counts_E: Tensor, slot_E: Tensor | None, absent: bool = False) -> Iterator[tuple[int, int, int]]:

@@ -112,6 +112,14 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def poisoned():
+    """Memory that PyTorch hands out uninitialised is full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def make_case() -> Callable[..., Case]:
     return build_case
 

@@ -48,6 +48,26 @@ def test_results_are_new_tensors(name: str) -> None:
     assert act.backward(grad, x).data_ptr() not in (x.data_ptr(), grad.data_ptr())
 
 
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_results_may_be_written_anywhere(name: str) -> None:
+    """To rows that lie apart, from such rows, and over an input."""
+    apart = torch.randn(5, 16)
+    act, grad = get_activation(name), torch.randn(5, 8)
+    for pre in (torch.randn(5, 8), apart[:, :8]):
+        want, d_want = act.forward(pre.clone()), act.backward(grad, pre.clone())
+        for out in (apart[:, 8:], torch.empty(5, 8)):
+            for run, right in ((act.forward, (want, pre)), (act.backward, (d_want, grad, pre))):
+                out.fill_(7)
+                assert run(*right[1:], out=out) is out
+                torch.testing.assert_close(out, right[0])
+        second, first = grad.clone(), pre.clone()
+        assert act.backward(second, pre, out=second) is second
+        torch.testing.assert_close(second, d_want)
+        torch.testing.assert_close(act.backward(grad, first, out=first), d_want)
+        first.copy_(pre)
+        torch.testing.assert_close(act.forward(first, out=first), want)
+
+
 def test_unknown_name_lists_the_options() -> None:
     with pytest.raises(ConfigError, match="'swish' is unknown; choose one of: gelu, gelu_tanh, identity"):
         get_activation("swish")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexpert.ops.bags import RowSource, sum_rows
+from flexpert.ops.bags import RowSource, sum_rows, sum_runs
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -51,3 +51,16 @@ def test_only_kept_rows_are_read():
 def test_no_rows(units):
     nothing = torch.empty(0, dtype=torch.int64)
     assert torch.equal(sum_rows(torch.empty(0, 2), nothing, None, None, units), torch.zeros(units, 2))
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_of_runs_read_nothing_past_the_last_edge(dtype, weighted):
+    rows = torch.randn(9, 5).to(dtype)
+    rows[7:] = float("nan")
+    weight = torch.rand(7) if weighted else None
+    scaled = rows.double() * (1 if weight is None else torch.cat([weight, weight[:2]])[:, None])
+    got = sum_runs(rows, weight, torch.tensor([0, 4, 4, 7]))
+    want = torch.stack([scaled[:4].sum(0), torch.zeros(5), scaled[4:7].sum(0)])
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() <= torch.finfo(dtype).eps * want.norm()

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexpert import ops
-from flexpert.ops import ACTIVATIONS, reference
+from flexpert.ops import ACTIVATIONS, portable_mlp, reference, waves
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {
@@ -28,6 +28,26 @@ SHAPES = {
         "tokens": 33, "counts": (17, 0, 33, 7), "spare": 9, "slots": (2, -1, 1, 0), "output_dim": 5,
     },
 }  # fmt: skip
+
+
+# Waves of WAVE rows: experts of one row, of a wave or more, none; spare rows (in half precision) over several
+# experts, and over the ends of waves and of all rows.
+WAVE = 40
+WAVES = {
+    "tiny experts": {"counts": (1, 3) * 30},
+    "empty experts between": {"counts": (0, 9, 0, 0, 33, 1, 0, 21, 35, 0, 2), "spare": 3},
+    "large among small": {"counts": (5, 70, 3, 40, 39, 1, 40, 90)},
+    "spare rows of many": {"counts": (33, 1, 1, 1, 34, 1, 2, 33, 1)},
+    "slots repeat": {"counts": (9, 3, 33, 9, 1, 45, 17, 2, 8), "slots": (1, 0, 1, 1, 2, 0, 2, 1, 3)},
+    "one slot": {"counts": (3,) * 30, "slots": (0,) * 30, "spare": 1},
+    "absent between": {"counts": (9, 30, 3, 7, 50, 0, 2), "slots": (0, -1, 2, 1, -1, -1, 0), "spare": 70},
+    "bare": {"counts": (9, 3, 33, 9, 1, 45), "biases": False, "weighted": False, "output_dim": 5},
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_waves(monkeypatch):
+    monkeypatch.setattr(waves, "WAVE_ROWS", WAVE)
 
 
 def check(assert_same, case):
@@ -56,6 +76,23 @@ def test_without_a_graph(make_case, assert_same, shape, gated, dtype):
     with torch.no_grad():
         got, want = ops.grouped_mlp(*case.args), reference.grouped_mlp(*true.args)
     assert_same(lambda: got, lambda: want, {}, {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", WAVES)
+def test_waves(make_case, assert_same, small_waves, poisoned, shape, gated, dtype):
+    case = make_case(tokens=25, **WAVES[shape], gated=gated, dtype=dtype)
+    check(assert_same, case)
+    with torch.no_grad():
+        got, want = ops.grouped_mlp(*case.args), reference.grouped_mlp(*case.double().args)
+    assert_same(lambda: got, lambda: want, {}, {})
+
+
+def test_waves_of_the_usual_size(make_case, assert_same):
+    case = make_case(tokens=300, counts=(100,) * 12 + (1024, 3, 1500, 600), dtype=torch.bfloat16)
+    assert len(list(waves.waves(case.counts_E, None, torch.bfloat16))) == 6
+    check(assert_same, case)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -120,3 +157,40 @@ def test_dropped_rows_spread_nothing(make_case, gated):
     assert y.isfinite().all()
     for name, grad in zip(case.leaves, torch.autograd.grad(y.sum(), case.leaves.values()), strict=True):
         assert grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_row_spoils_no_other_expert(make_case, small_waves, gated, dtype):
+    """Rows of one wave meet in the products of other experts, as spare rows: never in their gradients."""
+    case = make_case(tokens=90, counts=(17, 5, 0, 33, 1, 9, 20, 3), gated=gated, dtype=dtype)
+    case.unit_N[:] = torch.arange(88)
+
+    def gradients():
+        y = ops.grouped_mlp(*case.args)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        return [y, *torch.autograd.grad(y, list(case.leaves.values()), dy)]
+
+    clean = gradients()
+    with torch.no_grad():
+        case.x_TD[18] = float("nan")  # a row of expert 1
+    dirty = gradients()
+    units, experts = torch.arange(90) != 18, torch.arange(8) != 1
+    names = ["y", *case.leaves]
+    for name, before, after in zip(names, clean, dirty, strict=True):
+        others = {"y": units, "x_TD": units, "weight_N": units[:88]}.get(name, experts)
+        assert torch.equal(before[others], after[others]), name
+        assert name == "b2" or not after[~others].isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pre_has_the_rows_in_their_order(make_case, small_waves, poisoned, dtype):
+    case = make_case(tokens=25, counts=(9, 0, 33, 4, 21), slots=(0, 1, -1, 1, 0), spare=5, dtype=dtype)
+    with torch.no_grad():
+        _, pre = portable_mlp.grouped_mlp(*case.args, save=True)
+        rows = reference.gather_rows(case.x_TD, case.unit_N, case.counts_E)
+        want = reference.grouped_linear(rows, case.w1, case.b1, case.counts_E, case.slot_E)
+    assert pre[9:42].eq(0).all()
+    assert pre[67:].eq(0).all()
+    tolerance = 2 * torch.finfo(dtype).eps
+    assert (pre[:67].double() - want[:67].double()).norm() <= tolerance * want.double().norm()

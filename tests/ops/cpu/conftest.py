@@ -31,14 +31,6 @@ def fresh(monkeypatch):
 
 
 @pytest.fixture
-def poisoned():
-    """Memory that PyTorch hands out uninitialised is full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
 def threads():
     """A function that sets their number, until the end of the test."""
     before = torch.get_num_threads()
