@@ -1,4 +1,4 @@
-"""Large buffers whose pages are used again: the first write to a fresh page costs more than the product that does it.
+"""Large buffers whose pages are used again: writing a fresh page costs more than the product that fills it.
 
 The system hands out fresh memory at a few GB/s, less than a kernel writes, and the C library gives blocks of
 32 MiB and more back at once. So such buffers are mapped here, in huge pages, and a block whose tensor is gone

@@ -10,7 +10,7 @@ import torch
 from flexpert.ops import memory
 
 LIKE = torch.ones(1, dtype=torch.bfloat16)
-LARGE = (1 << 11, 1 << 10)  # two pages
+LARGE = (10 << 10, 1 << 10)  # ten pages
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_the_next_buffer_of_like_size_gets_the_memory():
     place, other = first.data_ptr(), memory.empty(LIKE, LARGE)
     assert other.data_ptr() != place
     del first
-    smaller = memory.empty(LIKE.float(), (LARGE[0] - 8, LARGE[1] // 2))
+    smaller = memory.empty(LIKE.float(), (9 << 10, LARGE[1] // 2))
     assert (smaller.data_ptr(), smaller.dtype) == (place, torch.float32)
 
 
