@@ -47,7 +47,7 @@ def test_summary():
     assert measure.summary([0.0, 0.0])["spread_percent"] == 0
 
 
-def test_what_a_repetition_runs(make):
+def test_what_a_repetition_runs(make, monkeypatch):
     problem, calls = make(), []
 
     def step():
@@ -57,8 +57,15 @@ def test_what_a_repetition_runs(make):
     item = Implementation(name="x", make=lambda problem: step)
     assert measure.make_run(item, step, problem, FORWARD)() > 0
     assert calls == [False]
+    monkeypatch.setattr(measure, "DECODE_SECONDS", 0.0)
     measure.make_run(item, step, problem, DECODE)()
-    assert calls == [False] * 3
+    assert calls == [False] * 3  # one of them untimed
+    monkeypatch.setattr(measure, "DECODE_SECONDS", 0.005)
+    seconds = measure.make_run(item, step, problem, DECODE)()
+    steps = len(calls) - 4
+    assert steps > 1
+    assert 0.005 / steps <= seconds < 0.005
+    calls[3:] = []
     for _ in range(2):
         measure.make_run(item, step, problem, TRAINING)()
         assert torch.equal(problem.x_TD.grad, problem.grad_TD)  # fresh, not added up
