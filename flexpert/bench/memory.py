@@ -11,6 +11,7 @@ import os
 import select
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,6 @@ def peaks(
             line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
             return round(int(line.split()[1]) / 1024, 1)
 
-        return {item.name: in_child(lambda item=item: peak(item)) for item in chosen}
+        return {item.name: in_child(partial(peak, item)) for item in chosen}
 
     return in_child(work, SECONDS * len(chosen)) or {}

@@ -75,8 +75,7 @@ def _training(rows: Sequence[Row]) -> list[str]:
     for name, modes in by_name.items():
         cells = [name]
         for mode in (FORWARD, TRAINING):
-            row = modes.get(mode)
-            cells += ["-"] * 3 if row is None else _figures(row, "percent_of_dense")
+            cells += _figures(modes[mode], "percent_of_dense") if mode in modes else ["-"] * 3
         training = modes.get(TRAINING, {})
         lines.append([*cells, _number(training.get("gflops")), _whole(training.get("peak_mib"))])
     head = (
