@@ -48,28 +48,23 @@ def test_summary():
 
 
 def test_what_a_repetition_runs(make, monkeypatch):
-    problem, calls = make(), []
+    problem, calls, now = make(), [], [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
     def step():
         calls.append(torch.is_grad_enabled())
+        now[0] += 0.004
         return problem.x_TD * 1
 
     item = Implementation(name="x", make=lambda problem: step)
-    assert measure.make_run(item, step, problem, FORWARD)() > 0
+    assert measure.make_run(item, step, problem, FORWARD)() == pytest.approx(0.004)
     assert calls == [False]
-    monkeypatch.setattr(measure, "DECODE_SECONDS", 0.0)
-    measure.make_run(item, step, problem, DECODE)()
-    assert calls == [False] * 3  # one of them untimed
-    monkeypatch.setattr(measure, "DECODE_SECONDS", 0.005)
-    seconds = measure.make_run(item, step, problem, DECODE)()
-    steps = len(calls) - 4
-    assert steps > 1
-    assert 0.005 / steps <= seconds < 0.005
-    calls[3:] = []
+    assert measure.make_run(item, step, problem, DECODE)() == pytest.approx(0.004)
+    assert calls == [False] * (1 + 1 + 3)  # one of them untimed, three to fill 10 ms
     for _ in range(2):
         measure.make_run(item, step, problem, TRAINING)()
         assert torch.equal(problem.x_TD.grad, problem.grad_TD)  # fresh, not added up
-    assert calls[3:] == [True, True]
+    assert calls[5:] == [True, True]
 
 
 def test_the_backend_is_forced_in_backward_too(make, monkeypatch):
