@@ -40,6 +40,7 @@ LINES = [
         not STRICT,
     ),
     (["integrations"], STRICT),
+    (["bench"], STRICT),
     (["cli"], STRICT),
 ]
 LEVEL = {room: level for level, (rooms, _) in enumerate(LINES) for room in rooms}
@@ -143,5 +144,5 @@ def test_importing_flexpert_imports_nothing_heavy():
     )
     loaded, rooms = result.stdout.strip().split("] [")
     assert loaded == "[", f"import flexpert imports {loaded}]"
-    for room in ("cli", "train", "models", "monitor", "testing", "parallel"):
+    for room in ("cli", "bench", "train", "models", "monitor", "testing", "parallel"):
         assert f"'{room}'" not in rooms

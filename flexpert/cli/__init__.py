@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import flexpert
 from flexpert.core.errors import FlexpertError
 
-from . import doctor, evaluate, train
+from . import bench, build, doctor, evaluate, train
 
-COMMANDS = (train, evaluate, doctor)
+COMMANDS = (train, evaluate, bench, build, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,12 +6,16 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shlex
 from typing import Any
 
 import torch
 
 import flexpert
 from flexpert import ops
+from flexpert.ops.cpu import backend as native_backend
+from flexpert.ops.cpu import build as native_build
+from flexpert.ops.cpu.processor import processor
 
 NAME = "doctor"
 HELP = "Show which operators and optional packages are live on this machine, and why others are not."
@@ -20,8 +24,10 @@ EXAMPLES = ("flexpert doctor", "flexpert doctor --json")
 OPTIONAL = {
     "transformers": ("vision", "SwinV2-MoE, Hugging Face models"),
     "tensorboard": ("tb", "TensorBoard events of a run"),
-    "matplotlib": ("plots", "learning curve and load heat map"),
+    "matplotlib": ("plots", "learning curve, load heat map, benchmark plot"),
 }
+FEATURES = ("avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Facts about the machine, operators and packages."""
     del options
+    operators = ops.report()  # builds the native library where FLEXPERT_NATIVE asks for it
     return {
         "flexpert": flexpert.__version__,
         "python": platform.python_version(),
@@ -41,7 +48,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.is_available(),
-        "operators": ops.report(),
+        "processor": _processor(),
+        "native": _native(),
+        "kernels": [_kernel(dtype) for dtype in DTYPES],
+        "operators": operators,
         "packages": [_package(name, extra, use) for name, (extra, use) in OPTIONAL.items()],
     }
 
@@ -55,13 +65,89 @@ def describe(result: dict[str, Any]) -> str:
             f"{result['platform']}, {result['cores']} cores, {result['threads']} threads, "
             f"vector units {result['cpu']}, CUDA {cuda}",
             "",
-            "operators:",
+            *_processor_lines(result["processor"]),
+            "",
+            *_native_lines(result["native"]),
+            "",
+            "kernels of the fused MLP:",
+            *(_kernel_line(row) for row in result["kernels"]),
+            "",
+            "operators in float32:",
             *(_operator_line(row) for row in result["operators"]),
             "",
             "optional packages:",
             *(_package_line(row) for row in result["packages"]),
         ]
     )
+
+
+def _processor() -> dict[str, Any]:
+    """Features that kernels ask for; what the library found counts more than what the system lists."""
+    name, flags = processor()
+    features = {feature: feature in flags if flags else None for feature in FEATURES}
+    found, source = native_build.native(), "/proc/cpuinfo" if flags else None
+    if found.library is not None:
+        source = "the library's probe and /proc/cpuinfo"
+        features |= dict.fromkeys(("avx512f", "avx512bw", "avx512dq", "avx512vl"), found.avx512)
+        features |= {"avx512_bf16": found.avx512_bf16, "amx_tile": found.amx, "amx_bf16": found.amx}
+    return {"name": name, "features": features, "source": source}
+
+
+def _processor_lines(facts: dict[str, Any]) -> list[str]:
+    lines = [f"processor: {facts['name']}"]
+    for word, state in (("has", True), ("lacks", False), ("unknown", None)):
+        if names := [name for name, present in facts["features"].items() if present is state]:
+            lines.append(f"  {word:<16} {', '.join(names)}")
+    return [*lines, f"  {'told by':<16} {facts['source'] or 'nobody on this system'}"]
+
+
+def _native() -> dict[str, Any]:
+    """Mode, compiler, cache and library of the native kernels."""
+    compiler, problem, library = None, None, None
+    try:
+        compiler = native_build.find_compiler()
+        library = native_build.target_path(compiler)
+    except native_build.BuildError as error:
+        problem = str(error)
+    found = native_build.native()
+    return {
+        "mode": native_build.mode(),
+        "live": found.library is not None,
+        "why_not": found.reason or None,
+        "compiler": None if compiler is None else shlex.join(compiler),
+        "compiler_problem": problem,
+        "cache": str(native_build.cache_folder()),
+        "library": None if library is None else str(library),
+        "built": library is not None and library.exists(),
+    }
+
+
+def _native_lines(facts: dict[str, Any]) -> list[str]:
+    library = facts["library"] if facts["built"] else "not built; flexpert build makes it"
+    return [
+        f"native CPU kernels: {'live' if facts['live'] else 'not live: ' + facts['why_not']}",
+        f"  FLEXPERT_NATIVE  {facts['mode']}",
+        f"  compiler         {facts['compiler_problem'] or facts['compiler']}",
+        f"  cache            {facts['cache']}",
+        f"  library          {library}",
+    ]
+
+
+def _kernel(dtype: torch.dtype) -> dict[str, Any]:
+    """The backend that runs the fused MLP in that dtype, what it computes with, and why others do not."""
+    rows = [row for row in ops.report(dtype=dtype) if row["operator"] == "grouped_mlp"]
+    backend = next((row["backend"] for row in rows if row["live"]), None)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "backend": backend,
+        "instructions": native_backend.instructions(dtype) if backend == "native" else "those of PyTorch",
+        "why_not": {row["backend"]: row["why"] for row in rows if not row["live"]},
+    }
+
+
+def _kernel_line(row: dict[str, Any]) -> str:
+    reasons = "; ".join(f"{name}: {why}" for name, why in row["why_not"].items())
+    return f"  {row['dtype']:<10} {row['backend'] or 'none':<10} {row['instructions']} ({reasons})"
 
 
 def _operator_line(row: dict[str, Any]) -> str:

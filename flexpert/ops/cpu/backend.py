@@ -61,13 +61,11 @@ def verify(facts: CallFacts) -> str | None:
     return None
 
 
-def describe() -> str:
-    """Which instructions serve which dtype, or why the kernels are off, for `flexpert doctor`."""
-    found = native()
-    if found.library is None:
-        return f"off: {found.reason}"
-    half = "AMX" if found.amx else "AVX512_BF16" if found.avx512_bf16 else "portable (no AVX512_BF16)"
-    return f"float32 on AVX-512, bfloat16 on {half}"
+def instructions(dtype: torch.dtype) -> str:
+    """What the kernels of that dtype, which `verify` accepts, compute with, for `flexpert doctor`."""
+    if dtype != torch.bfloat16:
+        return "AVX-512"
+    return "AMX" if native().amx else "AVX512_BF16"
 
 
 def _function(name: str, dtype: torch.dtype) -> Callable[[bytes], int]:

@@ -133,8 +133,17 @@ def _compile(compiler: list[str], target: Path) -> None:
         made.replace(target)
 
 
-def build() -> Path:
-    """The path of the library, compiled if it is not in the cache.
+def target_path(compiler: list[str]) -> Path:
+    """Where the library of these sources, compiler, flags and PyTorch is or would be.
+
+    Raises:
+        BuildError: the compiler does not tell its version.
+    """
+    return cache_folder() / "native" / f"flexpert-{_key(compiler)}.so"
+
+
+def build(force: bool = False) -> Path:
+    """The path of the library, compiled if it is not in the cache, or in any case with `force`.
 
     Raises:
         BuildError: this machine or its compiler cannot.
@@ -143,14 +152,14 @@ def build() -> Path:
     if system != "Linux" or machine not in ("x86_64", "AMD64"):
         raise BuildError(f"no native kernels for {system} on {machine}, only for Linux on x86_64")
     compiler = find_compiler()
-    folder = cache_folder() / "native"
-    target = folder / f"flexpert-{_key(compiler)}.so"
-    if target.exists():
+    target = target_path(compiler)
+    folder = target.parent
+    if target.exists() and not force:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
-            if not target.exists():
+            if force or not target.exists():
                 _log.info("compiling the native CPU kernels into %s (once, some seconds)", folder)
                 _compile(compiler, target)
     except OSError as error:
@@ -158,7 +167,12 @@ def build() -> Path:
     return target
 
 
-def _load(path: Path) -> Native:
+def load(path: Path) -> Native:
+    """The library of that path, and what it finds in the processor.
+
+    Raises:
+        BuildError: it cannot be loaded, or not be run by this processor.
+    """
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -189,7 +203,7 @@ def native() -> Native:
             _native = Native(None, "off unless FLEXPERT_NATIVE is auto or require")
         else:
             try:
-                _native = _load(build())
+                _native = load(build())
             except BuildError as error:
                 if chosen == "require":
                     raise ConfigError(f"FLEXPERT_NATIVE=require, but {error}") from error

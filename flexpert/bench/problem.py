@@ -1,11 +1,13 @@
-"""The three layers that are measured, and their random inputs."""
+"""The layers that are measured, and their random inputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +24,17 @@ class Shape:
     activation: str
 
     @property
-    def matrices(self) -> str:
-        """How an expert is built, in words."""
-        return "gated, 3 matrices" if self.gated else "2 matrices"
+    def expert_size(self) -> int:
+        """Weights of one expert."""
+        return (3 if self.gated else 2) * self.model_dim * self.hidden_dim
+
+    @property
+    def capacity(self) -> int | None:
+        """Rows an expert keeps; None for all."""
+        if self.capacity_factor is None:
+            return None
+        fair = -(-self.tokens // self.num_experts)
+        return self.top_k * max(1, int(self.capacity_factor * fair))
 
 
 SHAPES = {
@@ -50,17 +60,28 @@ class Problem:
     shape: Shape
     dtype: torch.dtype
     x_TD: Tensor
-    router_ED: Tensor
+    router_ED: nn.Parameter
     id_TK: Tensor
     weight_TK: Tensor
-    w1: Tensor
-    w2: Tensor
+    w1: nn.Parameter
+    w2: nn.Parameter
     grad_TD: Tensor
 
     @property
     def rows(self) -> int:
-        """Assignments that are kept: what the useful FLOPs are counted from."""
+        """Assignments that are kept."""
         return int((self.id_TK < self.shape.num_experts).sum())
+
+    @property
+    def flops(self) -> int:
+        """Useful floating-point operations of a forward pass: those of the kept rows' products."""
+        return 2 * self.rows * self.shape.expert_size
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes of the weights of all experts that have a row."""
+        experts = int((self.id_TK.unique() < self.shape.num_experts).sum())
+        return experts * self.shape.expert_size * self.dtype.itemsize
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -83,21 +104,19 @@ def make_problem(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Problem:
     x_TD = normal(shape.tokens, model_dim, scale=1.0)
     router_ED = normal(num_experts, model_dim, scale=model_dim**-0.5)
     weight_TK, id_TK = torch.softmax(x_TD.float() @ router_ED.float().T, 1).topk(shape.top_k)
-    if shape.capacity_factor is not None:
-        fair = -(-shape.tokens // num_experts)
-        capacity = shape.top_k * max(1, int(shape.capacity_factor * fair))
+    if shape.capacity is not None:
         first = id_TK.T.reshape(-1)  # all first choices, then all second choices
         hot = torch.nn.functional.one_hot(first, num_experts)
         rank = (hot.cumsum(0) - 1).gather(1, first[:, None])[:, 0]
-        id_TK = torch.where(rank < capacity, first, num_experts).view(shape.top_k, -1).T.contiguous()
+        id_TK = torch.where(rank < shape.capacity, first, num_experts).view(shape.top_k, -1).T.contiguous()
     return Problem(
         shape=shape,
         dtype=dtype,
         x_TD=x_TD.requires_grad_(),
-        router_ED=router_ED.requires_grad_(),
+        router_ED=nn.Parameter(router_ED),
         id_TK=id_TK,
         weight_TK=weight_TK.requires_grad_(),
-        w1=uniform(num_experts, *inner, model_dim, scale=model_dim**-0.5).requires_grad_(),
-        w2=uniform(num_experts, model_dim, hidden_dim, scale=hidden_dim**-0.5).requires_grad_(),
+        w1=nn.Parameter(uniform(num_experts, *inner, model_dim, scale=model_dim**-0.5)),
+        w2=nn.Parameter(uniform(num_experts, model_dim, hidden_dim, scale=hidden_dim**-0.5)),
         grad_TD=normal(shape.tokens, model_dim, scale=1.0),
     )
