@@ -13,6 +13,8 @@ using index = int64_t;
 constexpr index BLOCK = 32;
 constexpr index TILE = BLOCK * BLOCK;
 
+using Sums = float (*)[TILE];  // of blocks
+
 inline index blocks(index size) { return (size + BLOCK - 1) / BLOCK; }
 inline index least(index a, index b) { return a < b ? a : b; }
 

@@ -94,6 +94,8 @@ inline void pack_right_transposed(Element* tile, const Element* const* rows, ind
   }
 }
 
+constexpr index ABREAST = 1;  // right operands that are multiplied at once
+
 // Lives in each thread as long as it multiplies: AMX needs its tiles configured.
 struct Multiplier {
   bool amx;
@@ -112,18 +114,20 @@ struct Multiplier {
   }
   Multiplier(const Multiplier&) = delete;
 
-  // sums[32][32] = left x right over `count` k blocks, for the first `rows` rows at least. Other `work` is called
-  // once per k block, to run on the units that the product leaves idle.
+  // sums[part] = left x right[part] over `count` k blocks, for the first `rows` rows at least. Other `work` is
+  // called once per part and k block, to run on the units that the product leaves idle.
   template <typename Work>
-  void operator()(const Element* left, const Element* right, index count, float* sums, index rows,
-                  const Work& work) const {
-    if (!amx) {
-      for (index k = 0; k < count; ++k) work();
-      for (index r = 0; r < rows; r += 8) dot_rows(left + r * BLOCK, right, count, sums + r * BLOCK);
-    } else if (rows > 16) {
-      tiles_32(left, right, count, sums, work);
-    } else {
-      tiles_16(left, right, count, sums, work);
+  void operator()(const Element* left, const Element* right, index stride, index parts, index count, Sums sums,
+                  index rows, const Work& work) const {
+    for (index part = 0; part < parts; ++part, right += stride) {
+      if (!amx) {
+        for (index k = 0; k < count; ++k) work();
+        for (index r = 0; r < rows; r += 8) dot_rows(left + r * BLOCK, right, count, sums[part] + r * BLOCK);
+      } else if (rows > 16) {
+        tiles_32(left, right, count, sums[part], work);
+      } else {
+        tiles_16(left, right, count, sums[part], work);
+      }
     }
   }
 

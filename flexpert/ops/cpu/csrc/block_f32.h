@@ -67,41 +67,52 @@ inline void pack_right_transposed(float* tile, const float* const* rows, index f
   pack_left_transposed(tile, rows, first, width);
 }
 
-constexpr index RUN = 4;  // k blocks whose right tiles stay in the first-level cache over all rows
+constexpr index ABREAST = 2;  // right operands that are multiplied at once
+constexpr index RUN = 2;  // k blocks whose right tiles stay in the first-level cache over all rows
 
-inline void multiply_rows(const float* left, const float* right, index count, float* sums, bool add) {
-  Vector sum[8][2];
-  for (int r = 0; r < 8; ++r)
-    for (int c = 0; c < 2; ++c)
-      sum[r][c] = add ? _mm512_loadu_ps(sums + r * BLOCK + c * 16) : _mm512_setzero_ps();
+// sums += left x right for ROWS rows and one or two right operands: 24 sums in registers at most.
+template <index ROWS, index PARTS>
+inline void multiply_rows(const float* left, const float* right, index stride, index count, Sums sums, index row,
+                          bool add) {
+  constexpr index VECTORS = 2 * PARTS;
+  Vector sum[ROWS][VECTORS];
+  left += row * BLOCK;
+  for (index r = 0; r < ROWS; ++r)
+    for (index v = 0; v < VECTORS; ++v)
+      sum[r][v] = add ? _mm512_load_ps(sums[v / 2] + (row + r) * BLOCK + v % 2 * 16) : _mm512_setzero_ps();
   for (index tile = 0; tile < count; ++tile, left += TILE, right += TILE)
-    for (int k = 0; k < 32; ++k) {
-      const Vector b0 = _mm512_loadu_ps(right + k * BLOCK), b1 = _mm512_loadu_ps(right + k * BLOCK + 16);
+    for (index k = 0; k < 32; ++k) {
+      Vector b[VECTORS];
+      for (index v = 0; v < VECTORS; ++v) b[v] = _mm512_loadu_ps(right + v / 2 * stride + k * BLOCK + v % 2 * 16);
 #pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) {
+      for (index r = 0; r < ROWS; ++r) {
         Vector a = _mm512_set1_ps(left[r * BLOCK + k]);
-        __asm__("" : "+v"(a));  // once into a register, not into both products from memory
-        sum[r][0] = _mm512_fmadd_ps(a, b0, sum[r][0]);
-        sum[r][1] = _mm512_fmadd_ps(a, b1, sum[r][1]);
+        __asm__("" : "+v"(a));  // once into a register, not into every product from memory
+        for (index v = 0; v < VECTORS; ++v) sum[r][v] = _mm512_fmadd_ps(a, b[v], sum[r][v]);
       }
     }
-  for (int r = 0; r < 8; ++r)
-    for (int c = 0; c < 2; ++c) _mm512_storeu_ps(sums + r * BLOCK + c * 16, sum[r][c]);
+  for (index r = 0; r < ROWS; ++r)
+    for (index v = 0; v < VECTORS; ++v) _mm512_store_ps(sums[v / 2] + (row + r) * BLOCK + v % 2 * 16, sum[r][v]);
 }
 
 struct Multiplier {
   explicit Multiplier(index) {}
 
-  // sums[32][32] = left x right over `count` k blocks, for the first `rows` rows at least; `work` is called once
-  // per k block.
+  // sums[part] = left x right[part] over `count` k blocks, for the first `rows` rows at least; `work` is called
+  // once per part and k block.
   template <typename Work>
-  void operator()(const float* left, const float* right, index count, float* sums, index rows,
-                  const Work& work) const {
-    for (index k = 0; k < count; k += RUN) {
-      for (index i = k; i < least(k + RUN, count); ++i) work();
-      for (index r = 0; r < rows; r += 8)
-        multiply_rows(left + k * TILE + r * BLOCK, right + k * TILE, least(RUN, count - k), sums + r * BLOCK,
-                      k > 0);
+  void operator()(const float* left, const float* right, index stride, index parts, index count, Sums sums,
+                  index rows, const Work& work) const {
+    for (index k = 0; k < count; k += RUN, left += RUN * TILE, right += RUN * TILE) {
+      const index depth = least(RUN, count - k);
+      for (index i = 0; i < depth * parts; ++i) work();
+      if (parts == 1) {
+        for (index r = 0; r < rows; r += 8) multiply_rows<8, 1>(left, right, stride, depth, sums, r, k > 0);
+      } else {
+        index r = 0;
+        for (; r < 12 && r < rows; r += 6) multiply_rows<6, 2>(left, right, stride, depth, sums, r, k > 0);
+        for (; r < rows; r += 5) multiply_rows<5, 2>(left, right, stride, depth, sums, r, k > 0);
+      }
     }
   }
 };

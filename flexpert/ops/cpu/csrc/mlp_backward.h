@@ -252,22 +252,23 @@ class Backward {
   void hidden_gradient(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
     const index width = task_width(hidden, desk.is_shared ? c.threads : 1), groups = (hidden + width - 1) / width;
     Pipeline<HiddenGradient> pipeline(multiply);
-    alignas(64) Element rows[3][TILE];
+    alignas(64) Element rows[2][3][TILE];
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, hidden - first);
       alignas(64) float d_bias[WIDEST][2][BLOCK] = {};
       const Element* weights = pointer<Element>(c.w2) + segment.slot * c.output * c.hidden;
       pack_columns_of_k(desk.panel, output, weights, c.hidden, c.output, first, number);
-      const index next = first + number < hidden ? first + number : 0, parts = segment.blocks * number;
+      const index next = first + number < hidden ? first + number : 0;
       const Area soon = columns_of_k(weights, c.hidden, c.output, next, next ? width : 0);
-      const index block = output * TILE, end = segment.first_block + segment.blocks;
-      for (index b = segment.first_block; b < end; ++b)
-        for (index i = 0; i < number; ++i)
-          pipeline.product(desk.dy_left + b * block, desk.panel + i * block, 0, output, wave.rows[b].count,
-                           desk.is_shared ? Ahead(packed_rows(desk.dy_left, b + 1, output), i, number, output)
-                                          : Ahead(soon, (b - segment.first_block) * number + i, parts, output),
-                           hidden_gradient_of(wave, desk, b, first + i, rows, d_bias[i]));
+      for (index j = 0; j < segment.blocks; ++j) {
+        const index b = segment.first_block + j;
+        pipeline.products(desk.dy_left + b * output * TILE, desk.panel, output, number, wave.rows[b].count,
+                          desk.is_shared ? packed_rows(desk.dy_left, b + 1, output) : soon,
+                          desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks, [&](index i) {
+                            return hidden_gradient_of(wave, desk, b, first + i, rows[i % 2], d_bias[i]);
+                          });
+      }
       pipeline.drain();
       for (index i = 0; c.d_b1 && i < number; ++i) store_bias1(segment, (first + i) * BLOCK, d_bias[i]);
     });
@@ -339,14 +340,18 @@ class Backward {
       const index first = task % groups * GROUP, depth = segment.blocks;
       const Element* lefts = left + segment.first_block * all * TILE;
       const Element* rights = right + segment.first_block * right_blocks * TILE;
-      for (index column = 0; column < right_blocks; ++column)
+      for (index column = 0; column < right_blocks; column += ABREAST)
         for (index row = first; row < least(first + GROUP, all); ++row) {
           const index within = row % left_blocks * BLOCK, height = least(BLOCK, size - within);
           Element* place = target + ((segment.slot * parts + row / left_blocks) * size + within) * columns;
-          pipeline.product(lefts + row * depth * TILE, rights + column * depth * TILE, 0, depth, height,
-                           Ahead(packed_rows(rights, column + 1, depth), row - first, GROUP, depth),
-                           {height, place + column * BLOCK, columns, columns - column * BLOCK, nullptr,
-                            segment.again, streams && !segment.again});
+          pipeline.products(lefts + row * depth * TILE, rights + column * depth * TILE, depth,
+                            least(ABREAST, right_blocks - column), height,
+                            packed_rows(rights, column / ABREAST + 1, ABREAST * depth),
+                            row - first, GROUP, [&](index i) {
+                              const index at = (column + i) * BLOCK;
+                              return StoreRows{height, place + at, columns, columns - at, nullptr, segment.again,
+                                               streams && !segment.again};
+                            });
         }
       pipeline.drain();
     });
@@ -356,7 +361,7 @@ class Backward {
   // One task: some column blocks of the rows' gradients of a segment.
   void input_gradient(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
     const index width = task_width(model, desk.is_shared ? c.threads : 1), groups = (model + width - 1) / width;
-    const index depth = halves * hidden, block = depth * TILE;
+    const index depth = halves * hidden;
     Pipeline<StoreRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
@@ -366,17 +371,17 @@ class Backward {
         pack_columns_of_k(desk.panel + half * hidden * TILE, depth, weights + half * c.hidden * c.model, c.model,
                           c.hidden, first, number);
       const Area soon = columns_of_k(weights, c.model, halves * c.hidden, first + number, width);
-      const index parts = segment.blocks * number;
-      for (index b = segment.first_block; b < segment.first_block + segment.blocks; ++b)
-        for (index i = 0; i < number; ++i) {
-          const index at = (first + i) * BLOCK;
-          const RowBlock& rows = wave.rows[b];
-          pipeline.product(desk.d_pre_left + b * block, desk.panel + i * block, 0, depth, rows.count,
-                           desk.is_shared ? Ahead(packed_rows(desk.d_pre_left, b + 1, depth), i, number, depth)
-                                          : Ahead(soon, (b - segment.first_block) * number + i, parts, depth),
-                           {rows.count, pointer<Element>(c.d_rows) + rows.start * c.model + at, c.model,
-                            c.model - at});
-        }
+      for (index j = 0; j < segment.blocks; ++j) {
+        const index b = segment.first_block + j;
+        const RowBlock& rows = wave.rows[b];
+        pipeline.products(desk.d_pre_left + b * depth * TILE, desk.panel, depth, number, rows.count,
+                          desk.is_shared ? packed_rows(desk.d_pre_left, b + 1, depth) : soon,
+                          desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks, [&](index i) {
+                            const index at = (first + i) * BLOCK;
+                            return StoreRows{rows.count, pointer<Element>(c.d_rows) + rows.start * c.model + at,
+                                             c.model, c.model - at};
+                          });
+      }
       pipeline.drain();
     });
   }

@@ -118,42 +118,70 @@ inline Area columns_of_k(const Element* weights, index columns, index size, inde
   return {weights + first * BLOCK, std::max<index>(0, count * line), columns * line, count > 0 ? size : 0};
 }
 
-using Sums = float (*)[TILE];
-
-// Products of blocks, each with an epilogue that takes its sums up row by row while the next product runs: the
-// unit for matrix products leaves the others idle. Epilogues run in the order of the products.
+// Products of a left operand with one right operand or two, and epilogues that take the sums up row by row while
+// the next product runs: the unit for matrix products leaves the others idle. Epilogues run in the order of the
+// products: one for each right operand, or one for both.
 //
-// An epilogue has a number of `steps` and `step(i, sums)`, with one block of sums per part of the product.
+// An epilogue has a number of `steps` and `step(i, sums)`.
 template <typename Epilogue>
 class Pipeline {
  public:
-  Pipeline(const Multiplier& multiply, index parts = 1) : multiply(multiply), parts(parts) {}
+  explicit Pipeline(const Multiplier& multiply) : multiply(multiply) {}
 
-  // Part p multiplies `left` with right + p * stride, over `depth` k blocks.
-  void product(const Element* left, const Element* right, index stride, index depth, index rows, Ahead ahead,
-               const Epilogue& next) {
-    const index calls = std::max<index>(1, parts * depth), share = (pending.steps - done + calls - 1) / calls;
-    const Sums before = sums[turn ^ 1];
-    for (index part = 0; part < parts; ++part)
-      multiply(left, right + part * stride, depth, sums[turn][part], rows, [&] {
-        ahead.step();
-        for (index i = 0; i < share && done < pending.steps; ++i) pending.step(done++, before);
-      });
+  // The right operands are `stride` apart, and `depth` k blocks deep.
+  void product(const Element* left, const Element* right, index stride, index parts, index depth, index rows,
+               Ahead ahead, const Epilogue& first, const Epilogue* second = nullptr) {
+    const index calls = std::max<index>(1, parts * depth), share = (left_over() + calls - 1) / calls;
+    multiply(left, right, stride, parts, depth, sums[turn], rows, [&] {
+      ahead.step();
+      for (index i = 0; i < share && at < end; ++i) advance();
+    });
     drain();
-    pending = next;
-    done = 0;
+    pending[0] = first;
+    if (second) pending[1] = *second;
+    at = done = 0;
+    end = second ? 2 : 1;
     turn ^= 1;
   }
 
+  // The products of one left operand with `number` right ones, ABREAST at a time; `epilogue(i)` makes that of the i-th.
+  // `soon` is what comes next, of which this is share `part` of `parts`.
+  template <typename Make>
+  void products(const Element* left, const Element* right, index depth, index number, index rows, const Area& soon,
+                index part, index parts, const Make& epilogue) {
+    const index times = (number + ABREAST - 1) / ABREAST, stride = depth * TILE;
+    for (index i = 0; i < number; i += ABREAST) {
+      const Ahead ahead(soon, part * times + i / ABREAST, parts * times, ABREAST * depth);
+      if (ABREAST == 2 && i + 1 < number) {
+        const Epilogue second = epilogue(i + 1);
+        product(left, right + i * stride, stride, 2, depth, rows, ahead, epilogue(i), &second);
+      } else {
+        product(left, right + i * stride, stride, 1, depth, rows, ahead, epilogue(i));
+      }
+    }
+  }
+
   void drain() {
-    while (done < pending.steps) pending.step(done++, sums[turn ^ 1]);
+    while (at < end) advance();
   }
 
  private:
+  index left_over() const {
+    index steps = -done;
+    for (index i = at; i < end; ++i) steps += pending[i].steps;
+    return steps;
+  }
+
+  void advance() {
+    pending[at].step(done, sums[turn ^ 1] + at);
+    if (++done < pending[at].steps) return;
+    ++at;
+    done = 0;
+  }
+
   const Multiplier& multiply;
-  const index parts;
-  Epilogue pending{};
-  index done = 0, turn = 0;
+  Epilogue pending[2];
+  index at = 0, end = 0, done = 0, turn = 0;
   alignas(64) float sums[2][2][TILE];
 };
 

@@ -114,7 +114,7 @@ class Forward {
   void first_product(const Wave& wave, const Desk& desk, const Element* packed_x, Element* packed_hidden,
                      const Multiplier& multiply) const {
     const index width = task_width(hidden, desk.is_shared ? c.threads : 1), groups = (hidden + width - 1) / width;
-    Pipeline<HiddenRows> pipeline(multiply, halves);
+    Pipeline<HiddenRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, hidden - first);
@@ -125,15 +125,22 @@ class Forward {
       const index next = first + number < hidden ? first + number : 0;  // at the end: the second weights
       const Area soon = next ? columns_of(weights, halves, c.hidden, c.model, next, width)
                              : columns_of(second_weights(segment), 1, c.output, c.hidden, 0, WIDEST);
-      const index parts = segment.blocks * number;
-      for (index b = segment.first_block; b < segment.first_block + segment.blocks; ++b)
+      for (index j = 0; j < segment.blocks; ++j) {
+        const index b = segment.first_block + j, rows = wave.rows[b].count;
+        const Element* left = packed_x + b * model * TILE;
+        const Area area = desk.is_shared ? packed_rows(packed_x, b + 1, model) : soon;
+        const index part = desk.is_shared ? 0 : j, parts = desk.is_shared ? 1 : segment.blocks;
+        const auto epilogue = [&](index i) {
+          return hidden_rows(wave.rows[b], segment.slot, first + i, packed_hidden + (b * hidden + first + i) * TILE);
+        };
+        if (!c.gated) {
+          pipeline.products(left, desk.panel, model, number, rows, area, part, parts, epilogue);
+          continue;
+        }
         for (index i = 0; i < number; ++i)
-          pipeline.product(packed_x + b * model * TILE, desk.panel + i * halves * model * TILE, model * TILE, model,
-                           wave.rows[b].count,
-                           desk.is_shared ? Ahead(packed_rows(packed_x, b + 1, model), i, number, model)
-                                          : Ahead(soon, (b - segment.first_block) * number + i, parts, model),
-                           hidden_rows(wave.rows[b], segment.slot, first + i,
-                                       packed_hidden + (b * hidden + first + i) * TILE));
+          pipeline.product(left, desk.panel + 2 * i * model * TILE, model * TILE, 2, model, rows,
+                           Ahead(area, part * number + i, parts * number, 2 * model), epilogue(i));
+      }
       pipeline.drain();
     });
   }
@@ -164,17 +171,18 @@ class Forward {
       for (index i = 0; i < number; ++i)
         pack_columns(desk.panel + i * hidden * TILE, second_weights(segment), c.output, c.hidden, (first + i) * BLOCK);
       const Area soon = columns_of(second_weights(segment), 1, c.output, c.hidden, first + number, width);
-      const index parts = segment.blocks * number;
-      for (index b = segment.first_block; b < segment.first_block + segment.blocks; ++b)
-        for (index i = 0; i < number; ++i) {
-          const index at = (first + i) * BLOCK;
-          const RowBlock& rows = wave.rows[b];
-          pipeline.product(packed_hidden + b * hidden * TILE, desk.panel + i * hidden * TILE, 0, hidden, rows.count,
-                           desk.is_shared ? Ahead(packed_rows(packed_hidden, b + 1, hidden), i, number, hidden)
-                                          : Ahead(soon, (b - segment.first_block) * number + i, parts, hidden),
-                           {rows.count, pointer<Element>(c.y_rows) + rows.start * c.output + at, c.output,
-                            c.output - at, c.b2 ? pointer<Element>(c.b2) + segment.slot * c.output + at : nullptr});
-        }
+      for (index j = 0; j < segment.blocks; ++j) {
+        const index b = segment.first_block + j;
+        const RowBlock& rows = wave.rows[b];
+        pipeline.products(packed_hidden + b * hidden * TILE, desk.panel, hidden, number, rows.count,
+                          desk.is_shared ? packed_rows(packed_hidden, b + 1, hidden) : soon,
+                          desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks, [&](index i) {
+                            const index at = (first + i) * BLOCK;
+                            return StoreRows{rows.count, pointer<Element>(c.y_rows) + rows.start * c.output + at,
+                                             c.output, c.output - at,
+                                             c.b2 ? pointer<Element>(c.b2) + segment.slot * c.output + at : nullptr};
+                          });
+      }
       pipeline.drain();
     });
   }
