@@ -1,18 +1,12 @@
 // What the forward and the backward pass of the grouped MLP share: packing of rows and weights, sums over rows.
 #pragma once
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "plan.h"
+#include "threads.h"
 
 namespace {
-
-template <typename T>
-T* pointer(index address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Pointers to 32 source rows, null past `count`.
 struct Rows {
@@ -75,15 +69,6 @@ inline void scatter_block(float* target, index stride, index width, const float*
       _mm512_mask_storeu_ps(place, lanes, _mm512_fmadd_ps(value, factor, before));
     }
   }
-}
-
-// `body` on every thread of a team. One thread takes no team at all: after a fork the parent's threads are gone,
-// and entering a parallel region would wait for them.
-template <typename Body>
-void on_threads(index threads, const Body& body) {
-  if (threads == 1) return body();
-#pragma omp parallel num_threads(threads)
-  body();
 }
 
 // Inside a parallel region: fill with zeros, all threads together.
