@@ -108,8 +108,8 @@ def _sizes(
     rows, experts, gated = len(unit_N), len(counts_E), int(w1.dim() == 4)
     units, model_dim = x_TD.shape
     return (
-        units, rows, model_dim, hidden_dim, output_dim, experts, slots, gated, _NUMBER[activation], num_threads(),
-        int(native().amx),
+        units, rows, model_dim, hidden_dim, output_dim, experts, slots, gated, _NUMBER[activation],
+        num_threads(), int(native().amx),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ DTYPES = {
     "router_logits": (torch.float32, torch.bfloat16),
 }
 
-# The fields of the calls in csrc/route.h and logits.h: 64-bit integers, tensors by their address, null for none.
+# The fields of the calls in csrc/route.h and logits.h: 64-bit integers, tensors by address, null for none.
 _ROUTE = struct.Struct("=17qd")
 _ROUTE_BACKWARD = struct.Struct("=13qd")
 _ASSIGN = struct.Struct("=7q")
