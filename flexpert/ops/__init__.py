@@ -8,6 +8,9 @@ waits for the device. Sums are accumulated in fp32 (fp64 for fp64). All are diff
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,6 +46,14 @@ _scatter_combine = OPERATORS.scatter_combine.default
 _grouped_mlp = OPERATORS.grouped_mlp.default
 _route = OPERATORS.route.default
 _router_logits = OPERATORS.router_logits.default
+
+
+def _call(operator: Callable[..., Any], *args: Any) -> Any:
+    """The operator; where no gradient is wanted, without the detour through autograd's Python."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -95,14 +106,14 @@ def route(
     rules = top_k, scoring, bias_E, normalize, scale, -1 if limit is None else limit, prioritized
     if (whole := override()) is not None:
         return Routes(*whole.route(logits_TE, *rules))
-    return Routes(*_route(logits_TE, *rules))
+    return Routes(*_call(_route, logits_TE, *rules))
 
 
 def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     """logits_TE = x W^T in fp32 (fp64 for fp64): products and sums of the values as they are."""
     if (whole := override()) is not None:
         return whole.router_logits(x_TD, w_ED)
-    return _router_logits(x_TD, w_ED)
+    return _call(_router_logits, x_TD, w_ED)
 
 
 def gather_rows(x_TD: Tensor, unit_N: Tensor, counts_E: Tensor) -> Tensor:
@@ -176,5 +187,5 @@ def grouped_mlp(
     save = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x_TD, weight_N, w1, b1, w2, b2)
     )
-    y_TO, _ = _grouped_mlp(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation, save)
+    y_TO, _ = _call(_grouped_mlp, x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation, save)
     return y_TO
