@@ -61,7 +61,8 @@ def route(
         slots if limit >= 0 else [],
     )
     order_N, unit_N, counts_E, slot_N = (torch.tensor(v, dtype=torch.int64) for v in integers)
-    weight_N = torch.stack([*weights, *[score_TE.new_zeros(())] * len(rest), score_TE.new_zeros(())])[:-1]
+    zero = score_TE[:0].sum()
+    weight_N = torch.stack([*weights, *[zero] * len(rest), zero])[:-1]
     ids_TK = torch.tensor(ids, dtype=torch.int64).view(tokens, top_k)
     return score_TE, ids_TK, order_N, unit_N, weight_N, counts_E, slot_N
 

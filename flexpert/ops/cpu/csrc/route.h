@@ -9,7 +9,8 @@
 
 namespace {
 
-constexpr index LITTLE_WORK = 1 << 14;  // numbers to look at, up to which a team of threads costs more than it saves
+constexpr index LITTLE_WORK = 1 << 14;  // numbers to look at, below which a team of threads costs more than it saves
+constexpr double LEAST_SUM = 1e-20;    // that weights are divided by
 
 enum RouteStatus : index { ROUTED = 0, NO_ROOM = 1, CHOICE_OUT_OF_RANGE = 2 };
 
@@ -108,9 +109,9 @@ class Router {
   }
 
   void weigh(const float* score, const index* ids, float* weight) const {
-    float sum = 0.0f;
+    double sum = 0.0;
     for (index k = 0; k < c.top_k; ++k) sum += weight[k] = score[ids[k]];
-    const float divisor = c.normalize ? std::max(sum, 1e-20f) : 1.0f, scale = c.scale;
+    const float divisor = c.normalize ? std::max(sum, LEAST_SUM) : 1.0, scale = c.scale;
     for (index k = 0; k < c.top_k; ++k) weight[k] = weight[k] / divisor * scale;
   }
 
@@ -180,15 +181,14 @@ struct RouteBackwardCall {
 // The gradient of one token's scores from those of its weights; `grad` is strided, k by k.
 inline void weigh_backward(const RouteBackwardCall& c, const float* score, const index* ids, const float* grad,
                            float* d_score) {
-  const float scale = c.scale;
-  float sum = 0.0f, mean = 0.0f;
+  double sum = 0.0, mean = 0.0;
   for (index k = 0; c.normalize && k < c.top_k; ++k) {
     sum += score[ids[k]];
-    mean += score[ids[k]] * grad[k * c.tokens];
+    mean += double(score[ids[k]]) * grad[k * c.tokens];
   }
-  mean = sum >= 1e-20f ? mean / sum : 0.0f;
-  const float factor = c.normalize ? scale / std::max(sum, 1e-20f) : scale;
-  for (index k = 0; k < c.top_k; ++k) d_score[ids[k]] += (grad[k * c.tokens] - mean) * factor;
+  mean = sum >= LEAST_SUM ? mean / sum : 0.0;
+  const double factor = c.normalize ? c.scale / std::max(sum, LEAST_SUM) : c.scale;
+  for (index k = 0; k < c.top_k; ++k) d_score[ids[k]] += float((grad[k * c.tokens] - mean) * factor);
 }
 
 inline index route_backward(const RouteBackwardCall& c) {
