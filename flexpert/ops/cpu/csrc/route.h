@@ -16,17 +16,22 @@ enum RouteStatus : index { ROUTED = 0, NO_ROOM = 1, CHOICE_OUT_OF_RANGE = 2 };
 
 inline index ranges_for(index work, index threads) { return work < LITTLE_WORK ? 1 : threads; }
 
-// Uninitialised memory for one call, handed out in pieces.
+// Uninitialised memory for one call, handed out in pieces that begin with a cache line.
 class Room {
  public:
-  explicit Room(index bytes) : data_(static_cast<char*>(std::malloc(bytes ? bytes : 1))), next_(data_) {}
+  explicit Room(index bytes) : data_(static_cast<char*>(std::aligned_alloc(64, bytes ? bytes : 64))), next_(data_) {}
   ~Room() { std::free(data_); }
   Room(const Room&) = delete;
   explicit operator bool() const { return data_; }
+
+  template <typename T>
+  static index size(index count) {
+    return (count * sizeof(T) + 63) / 64 * 64;
+  }
   template <typename T>
   T* take(index count) {
     T* piece = reinterpret_cast<T*>(next_);
-    next_ += count * sizeof(T);
+    next_ += size<T>(count);
     return piece;
   }
 
@@ -61,7 +66,8 @@ class Router {
                room_.take<index>(Groups::scratch(c.experts, ranges_))};
     tokens_ = room_.take<uint64_t>(c.prioritized ? 2 * c.tokens : 0);
     weight_ = room_.take<float>(rows_);
-    value_ = room_.take<float>(ranges_ * c.top_k);
+    row_ = room_.take<float>(ranges_ * padded(c.experts));
+    rank_ = room_.take<int32_t>(ranges_ * padded(c.experts));
   }
 
   index run() {
@@ -87,22 +93,25 @@ class Router {
 
  private:
   index bytes() const {
-    return sizeof(index) * (rows_ + Groups::scratch(c.experts, ranges_) + (c.prioritized ? 2 * c.tokens : 0)) +
-           sizeof(float) * (rows_ + ranges_ * c.top_k);
+    return Room::size<index>(rows_) + Room::size<index>(Groups::scratch(c.experts, ranges_)) +
+           Room::size<uint64_t>(c.prioritized ? 2 * c.tokens : 0) + Room::size<float>(rows_) +
+           2 * Room::size<float>(ranges_ * padded(c.experts));
   }
   index first_token(index range) const { return c.tokens * range / ranges_; }
 
   // Scores, choices and weights of the tokens of a range; candidates in order of arrival, or how urgent each is.
   void choose(index range) {
     const float* bias = pointer<float>(c.bias);
+    float* row = row_ + range * padded(c.experts);
     for (index t = first_token(range); t < first_token(range + 1); ++t) {
       float* score = pointer<float>(c.score) + t * c.experts;
       index* ids = pointer<index>(c.ids) + t * c.top_k;
-      scores(Scoring(c.scoring), pointer<float>(c.logits) + t * c.experts, score, c.experts);
-      best_experts(score, bias, c.experts, c.top_k, value_ + range * c.top_k, ids);
-      weigh(score, ids, weight_ + t * c.top_k);
+      scores(Scoring(c.scoring), pointer<float>(c.logits) + t * c.experts, row, c.experts);
+      for (index i = 0; i < c.experts; i += LANES) store(score + i, _mm512_load_ps(row + i), c.experts - i);
+      best_experts(row, bias, c.experts, c.top_k, rank_ + range * padded(c.experts), ids);
+      weigh(row, ids, weight_ + t * c.top_k);
       if (c.prioritized)
-        tokens_[t] = uint64_t(urgency(score, c.experts)) << 32 | uint64_t(t);
+        tokens_[t] = uint64_t(urgency(row, c.experts)) << 32 | uint64_t(t);
       else
         for (index k = 0; k < c.top_k; ++k) key_[k * c.tokens + t] = ids[k];
     }
@@ -144,7 +153,8 @@ class Router {
   Groups groups_;
   index* key_;        // the expert of each candidate: first choices, then second ones, ...
   uint64_t* tokens_;  // by urgency
-  float *weight_, *value_;
+  float *weight_, *row_;
+  int32_t* rank_;
 };
 
 struct AssignCall {
@@ -153,7 +163,7 @@ struct AssignCall {
 
 inline index assign(const AssignCall& c) {
   const index ranges = ranges_for(c.candidates, c.threads);
-  Room room(sizeof(index) * Groups::scratch(c.bins, ranges));
+  Room room(Room::size<index>(Groups::scratch(c.bins, ranges)));
   if (!room) return NO_ROOM;
   const Groups groups = {c.candidates, c.bins, ranges, pointer<index>(c.key), pointer<index>(c.capacity), -1,
                          pointer<index>(c.counts), room.take<index>(Groups::scratch(c.bins, ranges))};
@@ -196,7 +206,7 @@ inline index route_backward(const RouteBackwardCall& c) {
   const index *ids = pointer<index>(c.ids), *order = pointer<index>(c.order), *counts = pointer<index>(c.counts);
   const float *score = pointer<float>(c.score), *d_score = pointer<float>(c.d_score);
   const float* d_weight = pointer<float>(c.d_weight);
-  Room room(sizeof(float) * rows);
+  Room room(Room::size<float>(rows));
   if (!room) return NO_ROOM;
   float *grad = room.take<float>(rows), *d_logits = pointer<float>(c.d_logits);
   for (index i = 0; i < rows; ++i)

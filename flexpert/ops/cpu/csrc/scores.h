@@ -13,21 +13,23 @@ constexpr index LANES = 16;
 // The order of `SCORINGS` in route.py.
 enum Scoring : index { SOFTMAX, SIGMOID_SCORE, SQRT_SOFTPLUS };
 
+inline index padded(index size) { return (size + LANES - 1) / LANES * LANES; }
 inline __mmask16 lanes_of(index left) { return left >= LANES ? 0xffff : (1u << left) - 1; }
 inline Vector load(const float* from, index left, float other = 0.0f) {
   return _mm512_mask_loadu_ps(constant(other), lanes_of(left), from);
 }
 inline void store(float* to, Vector value, index left) { _mm512_mask_storeu_ps(to, lanes_of(left), value); }
 
-// exp(x) for x <= 0, down to where it underflows; NaN stays NaN.
+// exp(x) for x <= 0; 0 below exp(-86.6) = 2.4e-38, as numbers that are not normal are slow. NaN stays NaN.
 inline Vector decay(Vector x) {
   static const float series[] = {0.00139485808f, 0.00837512889f, 0.0416662183f, 0.166664155f,
                                  0.500000011f,   1.00000004f,    1.0f};
-  x = _mm512_max_ps(constant(-110.0f), x);
+  const __mmask16 vanishes = _mm512_cmp_ps_mask(x, constant(-86.6f), _CMP_LT_OQ);
+  x = _mm512_max_ps(constant(-86.6f), x);
   const Vector power = _mm512_roundscale_ps(_mm512_mul_ps(x, constant(1.44269504f)), 8);
   Vector rest = _mm512_fnmadd_ps(power, constant(0.693145752f), x);
   rest = _mm512_fnmadd_ps(power, constant(1.42860677e-6f), rest);
-  return _mm512_scalef_ps(polynomial(rest, series), power);
+  return _mm512_maskz_scalef_ps(_knot_mask16(vanishes), polynomial(rest, series), power);
 }
 
 // log(1 + u) = 2 artanh(u / (2 + u)) for 0 <= u <= 1, relative to its size.
@@ -55,23 +57,24 @@ inline Vector score_of(Scoring scoring, Vector z) {
   return _mm512_sqrt_ps(_mm512_max_ps(constant(std::numeric_limits<float>::min()), softplus));
 }
 
-inline void softmax(const float* z, float* score, index size) {
+// The scores of one token, in a row padded to whole vectors: what was stored in part is slow to load as a whole.
+inline void softmax(const float* z, float* row, index size) {
   const float lowest = -std::numeric_limits<float>::infinity();
   Vector most = constant(lowest), sum = constant(0.0f);
   for (index i = 0; i < size; i += LANES) most = _mm512_max_ps(load(z + i, size - i, lowest), most);
   const Vector peak = constant(_mm512_reduce_max_ps(most));
   for (index i = 0; i < size; i += LANES) {
     const Vector e = decay(_mm512_sub_ps(load(z + i, size - i, lowest), peak));
-    store(score + i, e, size - i);
+    _mm512_store_ps(row + i, e);
     sum = _mm512_mask_add_ps(sum, lanes_of(size - i), sum, e);
   }
   const Vector share = constant(1.0f / _mm512_reduce_add_ps(sum));
-  for (index i = 0; i < size; i += LANES) store(score + i, _mm512_mul_ps(load(score + i, size - i), share), size - i);
+  for (index i = 0; i < size; i += LANES) _mm512_store_ps(row + i, _mm512_mul_ps(_mm512_load_ps(row + i), share));
 }
 
-inline void scores(Scoring scoring, const float* z, float* score, index size) {
-  if (scoring == SOFTMAX) return softmax(z, score, size);
-  for (index i = 0; i < size; i += LANES) store(score + i, score_of(scoring, load(z + i, size - i)), size - i);
+inline void scores(Scoring scoring, const float* z, float* row, index size) {
+  if (scoring == SOFTMAX) return softmax(z, row, size);
+  for (index i = 0; i < size; i += LANES) _mm512_store_ps(row + i, score_of(scoring, load(z + i, size - i)));
 }
 
 // The gradient of the logits from that of the scores, in place.
@@ -96,41 +99,44 @@ inline void scores_backward(Scoring scoring, const float* score, float* grad, in
 }
 
 // The `top_k` experts of highest score + bias in descending order, the lower one first of two equal; a NaN is
-// higher than any number. Where all beyond them are lower, one comparison passes over 16 experts.
-inline void best_experts(const float* score, const float* bias, index size, index top_k, float* value, index* ids) {
-  index filled = 0;
+// higher than any number. `rank` is a padded row for the sums as integers of the same order.
+inline void best_experts(const float* row, const float* bias, index size, index top_k, int32_t* rank, index* ids) {
+  const __m512i taken = _mm512_set1_epi32(std::numeric_limits<int32_t>::min());
+  const __m512i highest = _mm512_set1_epi32(std::numeric_limits<int32_t>::max());
   for (index i = 0; i < size; i += LANES) {
-    Vector v = load(score + i, size - i);
+    Vector v = _mm512_load_ps(row + i);
     if (bias) v = _mm512_add_ps(v, load(bias + i, size - i));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    v = _mm512_mask_mov_ps(v, is_nan, constant(std::numeric_limits<float>::infinity()));
-    unsigned left = lanes_of(size - i);
-    if (filled == top_k) left &= _mm512_cmp_ps_mask(v, constant(value[top_k - 1]), _CMP_GT_OQ);
-    if (!left) continue;
-    float lane[LANES];
-    _mm512_storeu_ps(lane, v);
-    for (; left; left &= left - 1) {
-      const int number = __builtin_ctz(left);
-      if (filled == top_k && !(lane[number] > value[top_k - 1])) continue;
-      index at = filled < top_k ? filled++ : top_k - 1;
-      for (; at > 0 && lane[number] > value[at - 1]; --at) value[at] = value[at - 1], ids[at] = ids[at - 1];
-      value[at] = lane[number], ids[at] = i + number;
+    const __m512i bits = _mm512_castps_si512(v), flip = _mm512_and_si512(_mm512_srai_epi32(bits, 31), highest);
+    __m512i number = _mm512_xor_si512(bits, flip);
+    number = _mm512_mask_mov_epi32(number, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), highest);
+    _mm512_store_si512(rank + i, _mm512_mask_mov_epi32(taken, lanes_of(size - i), number));
+  }
+  for (index k = 0; k < top_k; ++k) {
+    __m512i most = taken;
+    for (index i = 0; i < size; i += LANES) most = _mm512_max_epi32(most, _mm512_load_si512(rank + i));
+    most = _mm512_set1_epi32(_mm512_reduce_max_epi32(most));
+    for (index i = 0; i < size; i += LANES) {
+      const __m512i numbers = _mm512_load_si512(rank + i);
+      const unsigned equal = _mm512_cmpeq_epi32_mask(numbers, most);
+      if (!equal) continue;
+      ids[k] = i + __builtin_ctz(equal);
+      _mm512_store_si512(rank + i, _mm512_mask_mov_epi32(numbers, equal & -equal, taken));
+      break;
     }
   }
 }
 
 // The highest score as an integer that sorts the higher ones first; a NaN goes before all.
-inline uint32_t urgency(const float* score, index size) {
-  uint32_t most = 0;
-  __m512i top = _mm512_setzero_si512();
+inline uint32_t urgency(const float* row, index size) {
+  __m512i most = _mm512_setzero_si512();
   __mmask16 has_nan = 0;
   for (index i = 0; i < size; i += LANES) {
-    const Vector v = load(score + i, size - i);
-    has_nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    top = _mm512_max_epu32(top, _mm512_castps_si512(v));  // scores are not negative: their bits are in order
+    const __mmask16 lanes = lanes_of(size - i);
+    const Vector v = _mm512_load_ps(row + i);
+    has_nan |= _mm512_mask_cmp_ps_mask(lanes, v, v, _CMP_UNORD_Q);
+    most = _mm512_mask_max_epu32(most, lanes, most, _mm512_castps_si512(v));  // none is negative: bits in order
   }
-  most = _mm512_reduce_max_epu32(top);
-  return has_nan ? 0 : ~most;
+  return has_nan ? 0 : ~_mm512_reduce_max_epu32(most);
 }
 
 }  // namespace
