@@ -97,6 +97,8 @@ class RoutingContext:
             raise InputError(f"sequence_length={length}: expected at least 1")
         if length is None and len(leading) > 1:
             length = leading[-1]
+        if not flat and length == self.sequence_length:
+            return self
         return dataclasses.replace(self, sequence_length=length, **flat)  # type: ignore[arg-type]
 
     def hide_padding(self, x_TD: Tensor) -> Tensor:

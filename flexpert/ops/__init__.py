@@ -8,22 +8,33 @@ waits for the device. Sums are accumulated in fp32 (fp64 for fp64). All are diff
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from flexpert.core.errors import ConfigError
+
 from .activations import ACTIVATIONS, Activation, get_activation
-from .library import OPERATORS
+from .library_route import OPERATORS
+from .portable_route import SCORINGS
+from .routes import Routes
 from .select import override, report, use_backend
 
 __all__ = [
     "ACTIVATIONS",
+    "SCORINGS",
     "Activation",
+    "Routes",
     "assign",
     "gather_rows",
     "get_activation",
     "grouped_linear",
     "grouped_mlp",
     "report",
+    "route",
+    "router_logits",
     "scatter_combine",
     "use_backend",
 ]
@@ -33,6 +44,16 @@ _gather_rows = OPERATORS.gather_rows.default
 _grouped_linear = OPERATORS.grouped_linear.default
 _scatter_combine = OPERATORS.scatter_combine.default
 _grouped_mlp = OPERATORS.grouped_mlp.default
+_route = OPERATORS.route.default
+_router_logits = OPERATORS.router_logits.default
+
+
+def _call(operator: Callable[..., Any], *args: Any) -> Any:
+    """The operator; where no gradient is wanted, without the detour through autograd's Python."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -51,6 +72,48 @@ def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tu
     if (whole := override()) is not None:
         return whole.assign(key_N, num_bins, capacity_B)
     return _assign(key_N, num_bins, capacity_B)
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    scoring: str = "softmax",
+    *,
+    bias_E: Tensor | None = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+    limit: int | None = None,
+    prioritized: bool = False,
+) -> Routes:
+    """Token choice in one operator: gate scores, the best experts of each token, weights, order by expert.
+
+    Args:
+        logits_TE: floating point; scores and weights have its dtype.
+        top_k: K, 1 <= K <= E; each token takes the K experts of highest score + bias.
+        scoring: a name in `SCORINGS`.
+        bias_E: for the choice alone; no gradient.
+        normalize: divide a token's weights by their sum.
+        scale: factor on every weight.
+        limit: rows an expert keeps; None for all. First choices go before second ones; within a choice the
+            tokens in their order.
+        prioritized: within a choice tokens of higher best score first, equal ones in their order.
+
+    Raises:
+        ConfigError: the scoring is unknown.
+    """
+    if scoring not in SCORINGS:
+        raise ConfigError(f"unknown scoring {scoring!r}; choose one of: {', '.join(SCORINGS)}")
+    rules = top_k, scoring, bias_E, normalize, scale, -1 if limit is None else limit, prioritized
+    if (whole := override()) is not None:
+        return Routes(*whole.route(logits_TE, *rules))
+    return Routes(*_call(_route, logits_TE, *rules))
+
+
+def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """logits_TE = x W^T in fp32 (fp64 for fp64): products and sums of the values as they are."""
+    if (whole := override()) is not None:
+        return whole.router_logits(x_TD, w_ED)
+    return _call(_router_logits, x_TD, w_ED)
 
 
 def gather_rows(x_TD: Tensor, unit_N: Tensor, counts_E: Tensor) -> Tensor:
@@ -124,5 +187,5 @@ def grouped_mlp(
     save = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x_TD, weight_N, w1, b1, w2, b2)
     )
-    y_TO, _ = _grouped_mlp(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation, save)
+    y_TO, _ = _call(_grouped_mlp, x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation, save)
     return y_TO

@@ -56,9 +56,13 @@ def _dispatcher(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name, _schema in _SCHEMAS.items():
-    LIBRARY.define(_name + _schema)
-    LIBRARY.impl(_name, _dispatcher(_name), "CompositeExplicitAutograd")
+def _define(schemas: dict[str, str]) -> None:
+    for name, schema in schemas.items():
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, _dispatcher(name), "CompositeExplicitAutograd")
+
+
+_define(_SCHEMAS)
 
 
 # Shape-only kernels -------------------------------------------------------------------------------------

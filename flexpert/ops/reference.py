@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .activations import get_activation
+from .portable_route import SCORINGS, TINY
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -21,6 +22,55 @@ def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tu
     order = [i for group in (*kept, rest) for i in group]
     counts = [len(group) for group in kept]
     return key_N.new_tensor(order, dtype=torch.int64), key_N.new_tensor(counts, dtype=torch.int64)
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    scoring: str,
+    bias_E: Tensor | None,
+    normalize: bool,
+    scale: float,
+    limit: int,
+    prioritized: bool,
+) -> tuple[Tensor, ...]:
+    """See `flexpert.ops.route`; the fields of `Routes`, `limit` -1 for none."""
+    (tokens, num_experts), score_TE = logits_TE.shape, SCORINGS[scoring](logits_TE)
+    ranking = (score_TE if bias_E is None else score_TE + bias_E).tolist()
+    ids = [sorted(range(num_experts), key=lambda e, row=row: -row[e])[:top_k] for row in ranking]
+    best = score_TE.detach().amax(-1).tolist()
+    first = sorted(range(tokens), key=lambda t: -best[t]) if prioritized else list(range(tokens))
+    kept: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]
+    rest: list[tuple[int, int]] = []
+    for k, t in [(k, t) for k in range(top_k) for t in first]:
+        mine = kept[ids[t][k]]
+        (mine if limit < 0 or len(mine) < limit else rest).append((k, t))
+    weights = []
+    for rows in kept:
+        for k, t in rows:
+            divisor = sum(score_TE[t, e] for e in ids[t]).clamp(min=TINY) if normalize else 1
+            weights.append(score_TE[t, ids[t][k]] / divisor * scale)
+    rows = [row for group in (*kept, rest) for row in group]
+    start = sum(len(group) for group in kept[:-1])
+    slots = [i for group in kept for i in range(len(group))]
+    slots += range(len(slots) - start, len(rows) - start)
+    integers = (
+        [k * tokens + t for k, t in rows],
+        [t for _, t in rows],
+        [len(group) for group in kept],
+        slots if limit >= 0 else [],
+    )
+    order_N, unit_N, counts_E, slot_N = (torch.tensor(v, dtype=torch.int64) for v in integers)
+    zero = score_TE[:0].sum()
+    weight_N = torch.stack([*weights, *[zero] * len(rest), zero])[:-1]
+    ids_TK = torch.tensor(ids, dtype=torch.int64).view(tokens, top_k)
+    return score_TE, ids_TK, order_N, unit_N, weight_N, counts_E, slot_N
+
+
+def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """See `flexpert.ops.router_logits`."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    return x_TD.to(wide) @ w_ED.to(wide).T
 
 
 def gather_rows(x_TD: Tensor, unit_N: Tensor, counts_E: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from flexpert.core.errors import ConfigError, InputError
 
-from . import grouped, portable, portable_mlp, reference
+from . import grouped, portable, portable_mlp, portable_route, reference
 from .cpu import backend as cpu
 
 Kernel = Callable[..., Any]
@@ -47,7 +47,9 @@ def _verify_portable(facts: CallFacts) -> str | None:
 
 
 PORTABLE = Backend(
-    name="portable", kernels={**portable.KERNELS, **portable_mlp.KERNELS}, verify=_verify_portable
+    name="portable",
+    kernels={**portable.KERNELS, **portable_mlp.KERNELS, **portable_route.KERNELS},
+    verify=_verify_portable,
 )
 
 

@@ -13,6 +13,8 @@ from flexpert import ops
 from flexpert.core.context import RoutingContext
 from flexpert.core.routing import CapacityRouting, Routing
 
+from .weights import WeightRule
+
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
@@ -105,6 +107,59 @@ def assign(
         slot_N=_slots(row_N, counts_B, groups, capacity.bound),
         capacity_E=limit_B.view(num_experts, groups).sum(1),
         buffer_capacity=capacity.bound * groups,
+    )
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    scoring: str,
+    weight_rule: WeightRule,
+    capacity: Capacity | None,
+    selection_bias: Tensor | None,
+    prioritized: bool,
+    aux: Mapping[str, Tensor],
+) -> Routing:
+    """Gate scores, the top_k best experts, weights and `assign` in one operator, for one token group.
+
+    Args:
+        logits_TE: the scores' input; every expert may be chosen, every token is real.
+        top_k: K.
+        scoring: one of `ops.SCORINGS`.
+        weight_rule: without straight_through.
+        capacity: of a plain number.
+        selection_bias: (E,), added to the scores for the choice.
+        prioritized: tokens of higher best score go first.
+        aux: of the routing, where the choices are added.
+    """
+    limit = None if capacity is None else capacity.bound
+    routes = ops.route(
+        logits_TE,
+        top_k,
+        scoring,
+        bias_E=selection_bias,
+        normalize=weight_rule.normalizes(top_k),
+        scale=weight_rule.scale,
+        limit=limit,
+        prioritized=prioritized,
+    )
+    fields = {
+        "unit_N": routes.unit_N,
+        "weight_N": routes.weight_N,
+        "counts_E": routes.counts_E,
+        "num_units": logits_TE.shape[0],
+        "logits_TE": logits_TE,
+        "probs_TE": routes.score_TE,
+        "aux": {"ids_TK": routes.ids_TK, **aux},
+    }
+    if limit is None:
+        return Routing(**fields)
+    return CapacityRouting(
+        **fields,
+        slot_N=routes.slot_N,
+        capacity_E=torch.full_like(routes.counts_E, limit),
+        buffer_capacity=limit,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexpert import ops
 from flexpert.core.config import require_bool, require_int, require_number
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError, InputError
@@ -54,6 +55,8 @@ class LinearScore(Router):
 
     def score(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """Logits (T, E)."""
+        if self.fp32 and x_TD.dtype == self.weight.dtype:
+            return ops.router_logits(x_TD, self.weight)
         dtype = routing_dtype(x_TD.dtype)
         compute = dtype if self.fp32 else x_TD.dtype
         return F.linear(x_TD.to(compute), self.weight.to(compute)).to(dtype)
@@ -139,13 +142,7 @@ class HashScore(Router):
         return 0
 
 
-SCORINGS = {
-    "softmax": lambda z: z.softmax(-1),
-    "sigmoid": torch.sigmoid,
-    # The root's slope is infinite at 0, where softplus underflows.
-    "sqrt_softplus": lambda z: F.softplus(z).clamp(min=torch.finfo(z.dtype).tiny).sqrt(),
-    "uniform": torch.ones_like,
-}
+SCORINGS = {**ops.SCORINGS, "uniform": torch.ones_like}
 
 
 def check_scoring(name: str) -> None:

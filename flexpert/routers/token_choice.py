@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexpert import ops
+from flexpert.core.autocast import without_autocast
 from flexpert.core.config import (
     MoEConfig,
     check_capacity_factor,
@@ -24,11 +27,11 @@ from flexpert.core.unset import pick
 
 from . import noise
 from .base import Router
-from .capacity import assign, capacity_of
+from .capacity import Capacity, assign, capacity_of, route
 from .overrides import allowed_experts, rule_out
 from .scores import CosineScore, HashScore, LinearScore, check_scoring, routing_dtype
 from .scores import scoring as gate_scores
-from .selections import SELECTIONS
+from .selections import SELECTIONS, TopK
 from .weights import WeightRule
 
 
@@ -112,30 +115,21 @@ class TokenChoiceRouter(Router):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route T tokens; see `Router.forward`."""
         top_k, capacity_factor = self._settings(context)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device):
             clean_TE, logits_TE, std = self._logits(x_TD, context)
-            allowed = allowed_experts(context, logits_TE)
-            logits_TE = rule_out(logits_TE, allowed)
-            score_TE = gate_scores(self.scoring, logits_TE)
-            ids_TK = self._select(logits_TE, score_TE, allowed, top_k, context)
-            weight_TK, ids_TK = self._weights(score_TE, ids_TK, allowed, context)
             capacity = capacity_of(capacity_factor, top_k, self.num_experts, context, x_TD.shape[0])
-            return assign(
-                ids_TK,
-                weight_TK,
-                self.num_experts,
-                context=context,
+            aux = {"clean_logits_TE": clean_TE, **({} if std is None else {"noise_std": std})}
+            if not self._is_plain(context):
+                return self._route_in_steps(logits_TE, top_k, capacity, aux, context)
+            return route(
+                logits_TE,
+                top_k,
+                scoring=self.scoring,
+                weight_rule=self.weight_rule,
                 capacity=capacity,
-                priority_T=score_TE.detach().amax(-1) if self.batch_prioritized else None,
-                trim=(self.selection.variable or context.mask is not None)
-                and not torch.compiler.is_compiling(),
-                logits_TE=logits_TE,
-                probs_TE=score_TE,
-                aux={
-                    "ids_TK": ids_TK,
-                    "clean_logits_TE": clean_TE,
-                    **({} if std is None else {"noise_std": std}),
-                },
+                selection_bias=self.selection_bias,
+                prioritized=self.batch_prioritized,
+                aux=aux,
             )
 
     def flops_per_token(self) -> int:
@@ -167,6 +161,46 @@ class TokenChoiceRouter(Router):
         key = noise.call_key(context, self.seeds["gate"], x_TD.device)
         noise_TE = noise.normal(key, noise.counters(*clean_TE.shape, x_TD.device))
         return clean_TE, clean_TE + std * noise_TE.to(clean_TE.dtype), std
+
+    def _is_plain(self, context: RoutingContext) -> bool:
+        """Whether one operator has all rules of this call."""
+        return (
+            type(self.selection) is TopK
+            and self.scoring in ops.SCORINGS
+            and not self.weight_rule.straight_through
+            and context.mask is None
+            and context.expert_mask is None
+            and context.ranks is None
+            and context.num_groups == 1
+        )
+
+    def _route_in_steps(
+        self,
+        logits_TE: Tensor,
+        top_k: int,
+        capacity: Capacity | None,
+        aux: Mapping[str, Tensor],
+        context: RoutingContext,
+    ) -> Routing:
+        """Any rules: scores, selection, weights and capacity one after the other."""
+        allowed = allowed_experts(context, logits_TE)
+        logits_TE = rule_out(logits_TE, allowed)
+        score_TE = gate_scores(self.scoring, logits_TE)
+        ids_TK = self._select(logits_TE, score_TE, allowed, top_k, context)
+        weight_TK, ids_TK = self._weights(score_TE, ids_TK, allowed, context)
+        trim = self.selection.variable or context.mask is not None
+        return assign(
+            ids_TK,
+            weight_TK,
+            self.num_experts,
+            context=context,
+            capacity=capacity,
+            priority_T=score_TE.detach().amax(-1) if self.batch_prioritized else None,
+            trim=trim and not torch.compiler.is_compiling(),
+            logits_TE=logits_TE,
+            probs_TE=score_TE,
+            aux={"ids_TK": ids_TK, **aux},
+        )
 
     def _select(
         self, logits_TE: Tensor, score_TE: Tensor, allowed: Tensor | None, top_k: int, context: RoutingContext

@@ -30,11 +30,15 @@ class WeightRule:
         require_number("scale", self.scale)
         require_bool("straight_through", self.straight_through)
 
+    def normalizes(self, top_k: int) -> bool:
+        """Whether the weights of top_k choices are divided by their sum."""
+        return self.renormalize == "always" or (bool(self.renormalize) and top_k > 1)
+
     def __call__(self, score_TK: Tensor) -> Tensor:
         """Weights (T, K); an absent expert has score 0 and keeps weight 0."""
         if self.straight_through:
             weight_TK = (score_TK / score_TK.detach().clamp(min=1e-20)).where(score_TK > 0, 0.0)
-        elif self.renormalize == "always" or (self.renormalize and score_TK.shape[-1] > 1):
+        elif self.normalizes(score_TK.shape[-1]):
             weight_TK = score_TK / score_TK.sum(-1, keepdim=True).clamp(min=1e-20)
         else:
             weight_TK = score_TK

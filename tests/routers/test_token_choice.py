@@ -81,7 +81,7 @@ def test_gate_noise_is_normal_with_deviation_over_num_experts():
     assert abs(noise.mean()) < 4 / len(noise) ** 0.5
     assert abs(noise.std() - 1) < 4 / (2 * len(noise)) ** 0.5
     assert routing.aux["noise_std"] == 2.0 / E
-    assert torch.equal(routing.probs_TE, routing.logits_TE.softmax(-1))
+    assert_close(routing.probs_TE, routing.logits_TE.softmax(-1))
 
 
 def test_learned_noise_has_a_softplus_deviation_and_learns():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,7 +15,9 @@ from flexpert.ops.activations import get_activation
 from flexpert.ops.memory import empty
 from flexpert.ops.products import slack
 
+from . import route
 from .build import native
+from .threads import num_threads
 
 if TYPE_CHECKING:
     from flexpert.ops.select import CallFacts
@@ -35,28 +36,20 @@ _FAILURES = {
 }
 
 _functions: dict[tuple[str, torch.dtype], Callable[[bytes], int]] = {}
-_is_child = False
-
-
-def _after_fork() -> None:
-    global _is_child  # noqa: PLW0603
-    _is_child = True
-
-
-# The threads of a parent do not live on in its child, whose own first parallel region would wait for them.
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def verify(facts: CallFacts) -> str | None:
     """None if the native kernels can run such calls, else why not. Builds the library at its first use."""
     if facts.device != "cpu":
         return f"runs on cpu, not on {facts.device}"
-    if facts.dtype not in SUFFIX:
-        return f"has no kernels for {facts.dtype}, only for float32 and bfloat16"
+    dtypes = route.DTYPES.get(facts.operator, tuple(SUFFIX))
+    if facts.dtype not in dtypes:
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"has no kernels for {facts.dtype}, only for {names}"
     found = native()
     if found.library is None:
         return found.reason
-    if facts.dtype == torch.bfloat16 and not found.avx512_bf16:
+    if facts.dtype == torch.bfloat16 and not found.avx512_bf16 and facts.operator not in route.DTYPES:
         return "bfloat16 needs AVX512_BF16 (or AMX), which this processor has not"
     return None
 
@@ -110,13 +103,12 @@ def _sizes(
 ) -> tuple[int, ...]:
     """The fields both calls begin with."""
     get_activation(activation)  # refuses unknown names
-    threads = 1 if _is_child else torch.get_num_threads()
     slots, output_dim, hidden_dim = w2.shape
     rows, experts, gated = len(unit_N), len(counts_E), int(w1.dim() == 4)
     units, model_dim = x_TD.shape
     return (
-        units, rows, model_dim, hidden_dim, output_dim, experts, slots, gated, _NUMBER[activation], threads,
-        int(native().amx),
+        units, rows, model_dim, hidden_dim, output_dim, experts, slots, gated, _NUMBER[activation],
+        num_threads(), int(native().amx),
     )  # fmt: skip
 
 
@@ -219,4 +211,4 @@ def grouped_mlp_backward(
     return tuple(grads)  # type: ignore[return-value]
 
 
-KERNELS = {"grouped_mlp": grouped_mlp, "grouped_mlp_backward": grouped_mlp_backward}
+KERNELS = {"grouped_mlp": grouped_mlp, "grouped_mlp_backward": grouped_mlp_backward, **route.KERNELS}

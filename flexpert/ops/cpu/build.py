@@ -31,6 +31,7 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-strict-aliasing")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 UNITS: dict[str, tuple[str, ...]] = {
     "probe": (),
+    "route": AVX512,
     "f32": AVX512,
     "bf16": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }

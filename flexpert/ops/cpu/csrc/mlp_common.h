@@ -1,20 +1,14 @@
 // What the forward and the backward pass of the grouped MLP share: packing of rows and weights, sums over rows.
 #pragma once
-#include <omp.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <utility>
 
 #include "plan.h"
+#include "threads.h"
 
 namespace {
-
-template <typename T>
-T* pointer(index address) {
-  return reinterpret_cast<T*>(address);
-}
 
 constexpr index AHEAD = 4 * BLOCK;  // elements asked for before they are needed
 
@@ -227,15 +221,6 @@ inline void combine(const Plan& plan, const Element* rows, const float* weight, 
 template <index KIND>
 inline Both activate(Vector x) {
   return activate<KIND, sizeof(Element) == 4>(x);
-}
-
-// `body` on every thread of a team. One thread takes no team at all: after a fork the parent's threads are gone,
-// and entering a parallel region would wait for them.
-template <typename Body>
-void on_threads(index threads, const Body& body) {
-  if (threads == 1) return body();
-#pragma omp parallel num_threads(threads)
-  body();
 }
 
 // Inside a parallel region: fill with zeros, all threads together.

@@ -1,0 +1,173 @@
+"""Native routing: tensors to addresses and sizes, and one call into the library."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexpert.core.errors import ConfigError, FlexpertError, InputError
+from flexpert.ops import portable_route
+
+from .build import native
+from .threads import num_threads
+
+SCORINGS = ("softmax", "sigmoid", "sqrt_softplus")
+FEW_TOKENS = 64  # up to which logits are computed from operands as they are
+
+# The dtypes of the first argument that these kernels take.
+DTYPES = {
+    "assign": (torch.int64,),
+    "route": (torch.float32,),
+    "route_backward": (torch.float32,),
+    "router_logits": (torch.float32, torch.bfloat16),
+}
+
+# The fields of the calls in csrc/route.h and logits.h: 64-bit integers, tensors by address, null for none.
+_ROUTE = struct.Struct("=17qd")
+_ROUTE_BACKWARD = struct.Struct("=13qd")
+_ASSIGN = struct.Struct("=7q")
+_LOGITS = struct.Struct("=7q")
+
+_functions: dict[str, Callable[..., int]] = {}
+
+
+def _run(name: str, call: bytes, *flags: int) -> None:
+    function = _functions.get(name)
+    if function is None:
+        function = getattr(native().library, f"flexpert_{name}")
+        function.argtypes = (ctypes.c_char_p, *[ctypes.c_int64] * len(flags))  # type: ignore[attr-defined]
+        function.restype = ctypes.c_int64  # type: ignore[attr-defined]
+        _functions[name] = function
+    status = function(call, *flags)
+    if status == 1:
+        raise FlexpertError(f"{name}: not enough memory")
+    if status:
+        raise InputError(f"{name}: ids_TK or order_N has a number outside its range")
+
+
+def _check(name: str, **shapes: tuple[Tensor, tuple[int, ...], torch.dtype]) -> None:
+    """Kernels trust sizes: what PyTorch's operators would refuse is refused here."""
+    for tensor_name, (tensor, shape, dtype) in shapes.items():
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise InputError(
+                f"{name}: {tensor_name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {tuple(shape)}"
+            )
+
+
+def _scoring(name: str) -> int:
+    if name not in SCORINGS:
+        raise ConfigError(f"unknown scoring {name!r}; choose one of: {', '.join(SCORINGS)}")
+    return SCORINGS.index(name)
+
+
+def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(order_N, counts_B)."""
+    key_N = key_N.contiguous()
+    _check("assign", key_N=(key_N, (key_N.numel(),), torch.int64))
+    capacity = 0
+    if capacity_B is not None:
+        _check("assign", capacity_B=(capacity_B, (num_bins,), torch.int64))
+        capacity_B = capacity_B.contiguous()
+        capacity = capacity_B.data_ptr()
+    order_N, counts_B = torch.empty_like(key_N), key_N.new_empty(num_bins)
+    addresses = key_N.data_ptr(), capacity, order_N.data_ptr(), counts_B.data_ptr()
+    _run("assign", _ASSIGN.pack(len(key_N), num_bins, num_threads(), *addresses))
+    return order_N, counts_B
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    scoring: str,
+    bias_E: Tensor | None,
+    normalize: bool,
+    scale: float,
+    limit: int,
+    prioritized: bool,
+) -> tuple[Tensor, ...]:
+    """(score_TE, ids_TK, order_N, unit_N, weight_N, counts_E, slot_N)."""
+    tokens, num_experts = logits_TE.shape
+    if not 1 <= top_k <= num_experts:
+        raise InputError(f"route: top_k={top_k} of {num_experts} experts")
+    bias = 0
+    if bias_E is not None:
+        _check("route", bias_E=(bias_E, (num_experts,), torch.float32))
+        bias_E = bias_E.contiguous()
+        bias = bias_E.data_ptr()
+    logits_TE, rows, kind = logits_TE.contiguous(), tokens * top_k, torch.int64
+    score_TE = torch.empty(tokens, num_experts)
+    ids_TK = torch.empty(tokens, top_k, dtype=kind)
+    order_N, unit_N = torch.empty(rows, dtype=kind), torch.empty(rows, dtype=kind)
+    weight_N, counts_E = torch.empty(rows), torch.empty(num_experts, dtype=kind)
+    slot_N = torch.empty(0 if limit < 0 else rows, dtype=kind)
+    outputs = score_TE, ids_TK, order_N, unit_N, weight_N, counts_E, slot_N
+    call = _ROUTE.pack(
+        tokens, num_experts, top_k, _scoring(scoring), normalize, limit, prioritized, num_threads(),
+        logits_TE.data_ptr(), bias, *[output.data_ptr() for output in outputs], scale,
+    )  # fmt: skip
+    _run("route", call)
+    return outputs
+
+
+def route_backward(
+    score_TE: Tensor,
+    ids_TK: Tensor,
+    order_N: Tensor,
+    counts_E: Tensor,
+    d_score_TE: Tensor | None,
+    d_weight_N: Tensor | None,
+    scoring: str,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """The gradient of the logits."""
+    (tokens, num_experts), top_k, real = score_TE.shape, ids_TK.shape[1], score_TE.dtype
+    inputs: dict[str, Any] = {
+        "ids_TK": (ids_TK, (tokens, top_k), torch.int64),
+        "order_N": (order_N, (tokens * top_k,), torch.int64),
+        "counts_E": (counts_E, (num_experts,), torch.int64),
+    }
+    if d_score_TE is not None:
+        d_score_TE = d_score_TE.contiguous()
+        inputs["d_score_TE"] = d_score_TE, score_TE.shape, real
+    if d_weight_N is not None:
+        d_weight_N = d_weight_N.contiguous()
+        inputs["d_weight_N"] = d_weight_N, order_N.shape, real
+    _check("route_backward", **inputs)
+    d_logits_TE = torch.empty(tokens, num_experts)
+    tensors = [tensor.contiguous() for tensor in (score_TE, ids_TK, order_N, counts_E)]
+    call = _ROUTE_BACKWARD.pack(
+        tokens, num_experts, top_k, _scoring(scoring), normalize, num_threads(),
+        *[tensor.data_ptr() for tensor in tensors],
+        *[0 if grad is None else grad.data_ptr() for grad in (d_score_TE, d_weight_N)],
+        d_logits_TE.data_ptr(), scale,
+    )  # fmt: skip
+    _run("route_backward", call)
+    return d_logits_TE
+
+
+def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """x W^T in fp32."""
+    tokens, size = x_TD.shape
+    if tokens > FEW_TOKENS:
+        return portable_route.router_logits(x_TD, w_ED)
+    _check("router_logits", w_ED=(w_ED, (len(w_ED), size), x_TD.dtype))
+    x_TD, w_ED = x_TD.contiguous(), w_ED.contiguous()
+    logits_TE = torch.empty(tokens, len(w_ED))
+    addresses = x_TD.data_ptr(), w_ED.data_ptr(), logits_TE.data_ptr()
+    call = _LOGITS.pack(tokens, len(w_ED), size, num_threads(), *addresses)
+    _run("router_logits", call, x_TD.dtype == torch.bfloat16)
+    return logits_TE
+
+
+KERNELS = {
+    "assign": assign,
+    "route": route,
+    "route_backward": route_backward,
+    "router_logits": router_logits,
+}
