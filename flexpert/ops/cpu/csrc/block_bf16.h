@@ -16,6 +16,15 @@ inline __m512i load_32(const Element* source, index count) {
   return _mm512_maskz_loadu_epi16(lanes, source);
 }
 
+using Piece = __m512i;
+constexpr index PIECE = 32;
+
+inline Piece load_piece(const Element* source, index count) {
+  return count >= PIECE ? _mm512_loadu_si512(source) : load_32(source, count);
+}
+
+inline Vector dot(Vector sum, Piece a, Piece b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
 inline __mmask16 first_lanes(index count) {
   return count <= 0 ? 0 : count >= 16 ? 0xffff : (1u << count) - 1;
 }
@@ -129,6 +138,23 @@ struct Multiplier {
         tiles_16(left, right, count, sums[part], work);
       }
     }
+  }
+
+  // sums[column][row] of 32 columns, whose weights lie `stride` apart and are read there, and 16 rows, packed as a
+  // right operand: the weights are the left one. The next columns' are asked for on the way.
+  static void stream(const Element* weights, index stride, const Element* rows, index count, float* sums) {
+    _tile_zero(0);
+    _tile_zero(2);
+    for (index k = 0; k < count; ++k, weights += BLOCK, rows += TILE) {
+      for (index i = 0; i < BLOCK; ++i) __builtin_prefetch(weights + (BLOCK + i) * stride, 0, 2);
+      _tile_loadd(6, rows, 64);
+      _tile_loadd(4, weights, stride * sizeof(Element));
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, weights + 16 * stride, stride * sizeof(Element));
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(2, sums + TILE / 4, 64);
   }
 
  private:

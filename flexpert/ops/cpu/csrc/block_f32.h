@@ -17,6 +17,15 @@ inline Vector load_row(const float* source, index count) {
   return _mm512_maskz_loadu_ps(first_lanes(count), source);
 }
 
+using Piece = Vector;
+constexpr index PIECE = 16;
+
+inline Piece load_piece(const float* source, index count) {
+  return count >= PIECE ? _mm512_loadu_ps(source) : load_row(source, count);
+}
+
+inline Vector dot(Vector sum, Piece a, Piece b) { return _mm512_fmadd_ps(a, b, sum); }
+
 inline void store_row(float* target, Vector value, index count) {
   _mm512_mask_storeu_ps(target, first_lanes(count), value);
 }

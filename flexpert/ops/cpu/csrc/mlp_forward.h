@@ -1,6 +1,7 @@
 // y[unit] += weight * (w2 act(w1 x[unit] + b1) + b2), by waves of experts.
 #pragma once
 #include "mlp_common.h"
+#include "stream.h"
 
 namespace {
 
@@ -17,6 +18,7 @@ struct HiddenRows {
   Row row = nullptr;
   const Element* bias = nullptr;
   Element *pre = nullptr, *tile = nullptr;
+  index tile_stride = BLOCK;
 
   void step(index r, Sums sums) const {
     if (r < count)
@@ -42,7 +44,7 @@ void hidden_row(const HiddenRows& h, index r, Sums sums) {
     if (h.pre) store_32(h.pre + (r * 2 + 1) * h.stride, up_low, up_high, h.width);
     low = _mm512_mul_ps(low, up_low), high = _mm512_mul_ps(high, up_high);
   }
-  store_32(h.tile + r * BLOCK, low, high, BLOCK);
+  store_32(h.tile + r * h.tile_stride, low, high, BLOCK);
 }
 
 template <index... KIND>
@@ -99,6 +101,7 @@ class Forward {
   void compute(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
     Element *packed_x = desk.packed, *packed_hidden = desk.packed + desk.blocks * model * TILE;
     each(desk.is_shared, wave.rows.size(), [&](index b) {
+      if (is_streamed(wave.segments[wave.rows[b].segment])) return;
       pack_rows(packed_x + b * model * TILE, pointer<Element>(c.x), c.model,
                 pointer<index>(c.unit) + wave.rows[b].start, wave.rows[b].count);
     });
@@ -110,6 +113,44 @@ class Forward {
     return pointer<Element>(c.w2) + segment.slot * c.output * c.hidden;
   }
 
+  static bool is_streamed(const Segment& segment) { return segment.count <= STREAM_ROWS; }
+
+  // The hidden layer of few rows, column blocks first .. first + number; its rows lie one after the other.
+  void stream_first(const Segment& segment, const RowBlock& rows, index first, index number, Element* target,
+                    Element* panel, const Multiplier& multiply) const {
+    alignas(64) float sums[2][TILE];
+    const Rows x(pointer<Element>(c.x), c.model, pointer<index>(c.unit) + rows.start, rows.count);
+    const Stream stream(multiply, x, rows.count, c.model, panel);
+    const Element* weights = pointer<Element>(c.w1) + segment.slot * halves * c.hidden * c.model;
+    for (index column = first; column < first + number; ++column) {
+      const index at = column * BLOCK;
+      for (index half = 0; half < halves; ++half)
+        stream.block(weights + (half * c.hidden + at) * c.model, c.hidden - at, sums[half]);
+      HiddenRows block = hidden_rows(rows, segment.slot, column, target + at);
+      block.tile_stride = hidden * BLOCK;
+      for (index r = 0; r < rows.count; ++r) block.step(r, sums);
+    }
+  }
+
+  void stream_second(const Segment& segment, const RowBlock& rows, index first, index number,
+                     const Element* source, Element* panel, const Multiplier& multiply) const {
+    alignas(64) float sums[1][TILE];
+    const Rows h(source, hidden * BLOCK, rows.count);
+    const Stream stream(multiply, h, rows.count, c.hidden, panel);
+    for (index column = first; column < first + number; ++column) {
+      const index at = column * BLOCK;
+      stream.block(second_weights(segment) + at * c.hidden, c.output - at, sums[0]);
+      const StoreRows block = output_rows(rows, segment.slot, column);
+      for (index r = 0; r < rows.count; ++r) block.step(r, sums);
+    }
+  }
+
+  StoreRows output_rows(const RowBlock& rows, index slot, index column) const {
+    const index at = column * BLOCK;
+    return {rows.count, pointer<Element>(c.y_rows) + rows.start * c.output + at, c.output, c.output - at,
+            c.b2 ? pointer<Element>(c.b2) + slot * c.output + at : nullptr};
+  }
+
   // One task: some column blocks of the hidden layer for all rows of a segment.
   void first_product(const Wave& wave, const Desk& desk, const Element* packed_x, Element* packed_hidden,
                      const Multiplier& multiply) const {
@@ -118,6 +159,9 @@ class Forward {
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, hidden - first);
+      if (is_streamed(segment))
+        return stream_first(segment, wave.rows[segment.first_block], first, number,
+                            packed_hidden + segment.first_block * hidden * TILE, desk.panel, multiply);
       const Element* weights = pointer<Element>(c.w1) + segment.slot * halves * c.hidden * c.model;
       for (index i = 0; i < number * halves; ++i)
         pack_columns(desk.panel + i * model * TILE, weights + i % halves * c.hidden * c.model, c.hidden, c.model,
@@ -168,6 +212,9 @@ class Forward {
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, output - first);
+      if (is_streamed(segment))
+        return stream_second(segment, wave.rows[segment.first_block], first, number,
+                             packed_hidden + segment.first_block * hidden * TILE, desk.panel, multiply);
       for (index i = 0; i < number; ++i)
         pack_columns(desk.panel + i * hidden * TILE, second_weights(segment), c.output, c.hidden, (first + i) * BLOCK);
       const Area soon = columns_of(second_weights(segment), 1, c.output, c.hidden, first + number, width);
@@ -176,12 +223,8 @@ class Forward {
         const RowBlock& rows = wave.rows[b];
         pipeline.products(packed_hidden + b * hidden * TILE, desk.panel, hidden, number, rows.count,
                           desk.is_shared ? packed_rows(packed_hidden, b + 1, hidden) : soon,
-                          desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks, [&](index i) {
-                            const index at = (first + i) * BLOCK;
-                            return StoreRows{rows.count, pointer<Element>(c.y_rows) + rows.start * c.output + at,
-                                             c.output, c.output - at,
-                                             c.b2 ? pointer<Element>(c.b2) + segment.slot * c.output + at : nullptr};
-                          });
+                          desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks,
+                          [&](index i) { return output_rows(rows, segment.slot, first + i); });
       }
       pipeline.drain();
     });
