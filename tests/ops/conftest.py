@@ -80,7 +80,7 @@ def build_case(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Case:
-    """Random values; `spare` rows past the total point at token 0. `biases` may be the name of the only one."""
+    """Random values; `spare` rows past the total point at token 0. `biases` may name the only one."""
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int, scale: float = 1.0) -> Tensor:

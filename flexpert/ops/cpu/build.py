@@ -34,7 +34,7 @@ UNITS: dict[str, tuple[str, ...]] = {
     "f32": AVX512,
     "bf16": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-# Errors of memory and undefined behaviour stop the process; what the sanitizers cannot see, the header shows them.
+# What they find stops the process; the header shows them the instructions that they cannot see.
 SANITIZERS = (
     "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1",
     "-include", str(SOURCES / "sanitize.h"),
@@ -137,7 +137,10 @@ def _compile(compiler: list[str], target: Path) -> None:
         folder = Path(name)
         objects = [str(folder / f"{unit}.o") for unit in UNITS]
         for (unit, flags), made in zip(UNITS.items(), objects, strict=True):
-            _run([*compiler, *FLAGS, *flags, *sanitizers(), "-c", str(SOURCES / f"{unit}.cpp"), "-o", made], folder)
+            _run(
+                [*compiler, *FLAGS, *flags, *sanitizers(), "-c", str(SOURCES / f"{unit}.cpp"), "-o", made],
+                folder,
+            )
         made = folder / target.name
         _run([*compiler, *sanitizers(), "-shared", *objects, "-o", str(made)], folder)
         made.replace(target)

@@ -1,9 +1,10 @@
 """How far rounding may take the grouped MLP from the truth, per element: an analysis that runs in float64.
 
-A sum of n products in fp32 errs by at most n u |a| |b| (summed), u half the spacing of fp32 at one; a value that is
-narrowed errs by its dtype's u more; an error e of a pre-activation spreads to act(pre +- e). Nothing is relative to a
-result, which may cancel. What is narrowed in bf16: the pre-activation, the hidden row, the gradient of the
-pre-activation, the weighted hidden row, and results, once per expert that adds to them.
+A sum of n products in fp32 errs by at most n u times the sum of their sizes, u half the spacing of fp32 at
+one; a value that is narrowed errs by its dtype's u more; an error e of a pre-activation spreads to act(pre +-
+e). Nothing is relative to a result, which may cancel. What is narrowed in bf16: the pre-activation, the hidden
+row, the gradient of the pre-activation, the weighted hidden row, and results: gradients of weights once per
+expert that adds to them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from flexpert.ops import ACTIVATIONS
 SUM = torch.finfo(torch.float32).eps / 2
 EXTRA = 4  # roundings of a sum besides its products: bias, weight, partial sums
 TINY = 1e-30  # results below are taken for zero by bf16 units
-ACTIVATION = 16 * SUM  # of an activation, relative to (1 + pre^2), which bounds value, slope and their conditions
+ACTIVATION = (
+    16 * SUM
+)  # of an activation, relative to (1 + pre^2), which bounds value, slope and their conditions
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def product(a: Value, b: Value, plus: Tensor | None = None) -> Value:
 
 
 class Total:
-    """What is known of a result: its value, error, the sum of its terms' sizes, their number, that of experts."""
+    """Of a result: its value, error, the sum of its terms' sizes, their number, that of experts."""
 
     def __init__(self, shape: torch.Size) -> None:
         self.value, self.error, self.size, self.terms, self.experts = torch.zeros(
@@ -93,9 +96,11 @@ class Bounds:
         return error + u * (total.value.abs() + error) + again * u * (total.size + error) + TINY
 
     def _add(self, name: str, at: object, part: Value, size: Tensor, terms: int) -> None:
-        """`part` is a sum of so many terms, of this size when none of them cancel, and goes to the result `at`."""
+        """`part` goes to a result; it is a sum of so many terms, of this size if none cancel."""
         count, one = torch.full_like(size, terms), torch.ones_like(size)
-        for total, more in zip(vars(self.totals[name]).values(), (part.v, part.e, size, count, one), strict=True):
+        for total, more in zip(
+            vars(self.totals[name]).values(), (part.v, part.e, size, count, one), strict=True
+        ):
             if isinstance(at, Tensor):
                 total.index_add_(0, at, more)
             else:

@@ -26,9 +26,19 @@ def live(found, monkeypatch):
     """Every operator the native backend has runs on it."""
     if found.library is None:
         pytest.skip(f"native kernels are off: {found.reason}")
+    monkeypatch.setenv("FLEXPERT_NATIVE", "require")  # for child processes
     monkeypatch.setattr(build, "_native", found)
     with ops.use_backend("native"):
         yield found
+
+
+@pytest.fixture
+def preferred(found, monkeypatch):
+    """The native backend runs what it can, and others the rest."""
+    if found.library is None:
+        pytest.skip(f"native kernels are off: {found.reason}")
+    monkeypatch.setattr(build, "_native", found)
+    monkeypatch.setattr(select, "_live", {})
 
 
 @pytest.fixture

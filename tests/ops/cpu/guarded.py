@@ -1,7 +1,7 @@
 """Calls whose every input and output ends, or begins, at memory that may not be touched: who does is killed.
 
-Runs as a program of its own: `python -m tests.ops.cpu.guarded float32`. Outputs begin as NaN. The results must have
-the bits of the same call on ordinary memory.
+Runs as a program of its own: `python -m tests.ops.cpu.guarded float32`. Outputs begin as NaN. The results must
+have the bits of the same call on ordinary memory.
 """
 
 from __future__ import annotations
@@ -102,12 +102,14 @@ def main(dtype: torch.dtype) -> None:
             for tokens, counts, slots in (
                 (1, (1,), None),
                 (9, (3, 0, 33, 1), None),
+                (9, (0, 8, 0), None),
                 (5, (2, 8, 40, 3), (0, -1, 1, 0)),
                 (70, (64, 65), (1, 0)),
             ):
                 case = build_case(
-                    tokens=tokens, model_dim=d, hidden_dim=f, output_dim=o, counts=counts, slots=slots, gated=gated,
-                    spare=done % 3, weighted=done % 5 > 0, biases=(True, "b1", "b2", False)[done % 4], dtype=dtype,
+                    tokens=tokens, model_dim=d, hidden_dim=f, output_dim=o, counts=counts, slots=slots,
+                    gated=gated, spare=done % 3, weighted=done % 5 > 0,
+                    biases=(True, "b1", "b2", False)[done % 4], dtype=dtype,
                 )  # fmt: skip
                 check(case, at_end)
                 done += 1

@@ -1,4 +1,4 @@
-"""The native grouped MLP by its relative error, which small systematic errors do not pass; and its refusals."""
+"""The native grouped MLP by its relative error, which grows with small systematic ones; and its refusals."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def check(case):
 def test_options(make_case, activation, slots, gated, dtype):
     for biases, weighted in product((True, False, "b1", "b2"), (True, False)):
         case = make_case(
-            counts=(9, 0, 35, 1), spare=3, activation=activation, gated=gated, biases=biases, weighted=weighted,
-            dtype=dtype, **SLOTS[slots],
+            counts=(9, 0, 35, 1), spare=3, activation=activation, gated=gated, biases=biases,
+            weighted=weighted, dtype=dtype, **SLOTS[slots],
         )  # fmt: skip
         check(case)
 
@@ -120,7 +120,7 @@ def test_every_set_of_gradients(make_case, gated, dtype):
     case = make_case(tokens=40, counts=(30, 0, 50, 3), slots=(0, 1, 2, 0), gated=gated, dtype=dtype)
     dy = dy_of(case)
     want, bounds = truth(case, dy), Bounds(case, dy)
-    y, pre = torch.ops.flexpert.grouped_mlp(*case.args, True)
+    _, pre = torch.ops.flexpert.grouped_mlp(*case.args, True)
     args = dy, pre, *case.args[:6], case.w2, case.b2, case.activation
     for needs in product((False, True), repeat=6):
         with torch.no_grad():
