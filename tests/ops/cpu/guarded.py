@@ -1,7 +1,7 @@
 """Calls whose every input and output ends, or begins, at memory that may not be touched: who does is killed.
 
-Runs as a program of its own: `python -m tests.ops.cpu.guarded float32`. Outputs begin as NaN. The results must
-have the bits of the same call on ordinary memory.
+Runs as a program of its own: `python -m tests.ops.cpu.guarded float32`. Outputs begin as NaN. The results
+must have the bits of the same call on ordinary memory.
 """
 
 from __future__ import annotations

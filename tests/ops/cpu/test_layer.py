@@ -1,4 +1,4 @@
-"""The native kernels in their place: the operator's contracts; whole layers, compiled, recomputed, without."""
+"""The native kernels in their place: contracts of the operator; whole layers, compiled and recomputed."""
 
 from __future__ import annotations
 
