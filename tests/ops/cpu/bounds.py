@@ -2,9 +2,9 @@
 
 A sum of n products in fp32 errs by at most n u times the sum of their sizes, u half the spacing of fp32 at
 one; a value that is narrowed errs by its dtype's u more; an error e of a pre-activation spreads to act(pre
-+- e). Nothing is relative to a result, which may cancel. What is narrowed in bf16: the pre-activation, the hidden
-row, the gradient of the pre-activation, the weighted hidden row, and results: gradients of weights once per
-expert that adds to them.
++- e). Nothing is relative to a result, which may cancel. What is narrowed in bf16: the pre-activation, the
+hidden row, the gradient of the pre-activation, the weighted hidden row, and results: gradients of weights
+once per expert that adds to them.
 """
 
 from __future__ import annotations

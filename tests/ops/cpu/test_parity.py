@@ -150,14 +150,14 @@ def test_same_bits_for_any_number_of_threads(make_case, threads, counts, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 7, 17, 33])
 def test_one_element_off_by_a_twentieth_is_noticed(make_case, size, dtype):
-    """In fp32 any element that is not all but zero; in bf16 the largest, itself rounded by 0.4 %."""
+    """In fp32 any element above a hundredth of the largest; in bf16 the largest, itself rounded by 0.4 %."""
     case = make_case(tokens=size, model_dim=size, hidden_dim=size, counts=(size,), dtype=dtype)
     dy = dy_of(case)
     want, bounds = truth(case, dy), Bounds(case, dy)
     for name, value in want.items():
         noticed = 0.05 * value.abs() > 2 * bounds.largest_error(name)
         if dtype == torch.float32:
-            assert noticed[value != 0].double().mean() >= 0.99, name
+            assert noticed[100 * value.abs() >= value.abs().max()].all(), name
         else:
             assert noticed.flatten()[value.abs().argmax()], name
 
