@@ -154,7 +154,9 @@ def test_what_is_missing_is_told(
 def test_unknown_commands_are_told_before_any_work(
     script: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ):
-    assert "there are: setup, train [...], test [...], lint" in stops(script, capsys, *arguments)
+    assert "there are: setup, train [...], test [...], lint, sanitize [...]" in stops(
+        script, capsys, *arguments
+    )
     assert script.steps == []
 
 
@@ -179,6 +181,27 @@ def test_commands_take_the_process_over(script: ModuleType, monkeypatch: pytest.
     assert calls[0] == (python, train)
     assert calls[1] == (python, [python, "-m", "pytest", "-n", str(script.cores()), "-k", "x"])
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_sanitize_loads_the_libraries_of_the_compiler(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    calls = []
+    monkeypatch.chdir(script.ROOT)
+    monkeypatch.setattr(os, "execv", lambda path, arguments: calls.append(arguments))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\necho "/lib/${1#*=}"\n')
+    compiler.chmod(0o755)
+    os.environ["CXX"] = str(compiler)
+    script.main(["sanitize", "-x"])
+    assert calls[0][-5:] == ["--capture=sys", "-m", "not slow", "tests/ops/cpu", "-x"]
+    assert os.environ["LD_PRELOAD"] == "/lib/libasan.so /lib/libstdc++.so"
+    assert (os.environ["FLEXPERT_SANITIZE"], os.environ["FLEXPERT_NATIVE"]) == ("1", "require")
+    compiler.write_text('#!/bin/sh\necho "${1#*=}"\n')
+    assert "has no libasan.so; install g++" in stops(script, capsys, "sanitize")
+    os.environ["CXX"] = str(tmp_path / "missing")
+    assert "the sanitizers need g++" in stops(script, capsys, "sanitize")
 
 
 def test_lint_fails_if_one_check_fails(script: ModuleType, monkeypatch: pytest.MonkeyPatch):

@@ -73,14 +73,14 @@ def build_case(
     counts: tuple[int, ...] = (3, 0, 5, 1),
     spare: int = 0,
     gated: bool = False,
-    biases: bool = True,
+    biases: bool | str = True,
     weighted: bool = True,
     slots: tuple[int, ...] | None = None,
     activation: str = "gelu",
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Case:
-    """Random values; `spare` rows past the total point at token 0 with weight 1."""
+    """Random values; `spare` rows past the total point at token 0. `biases` may name the only one."""
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int, scale: float = 1.0) -> Tensor:
@@ -99,9 +99,9 @@ def build_case(
         counts_E=torch.tensor(counts, dtype=torch.int64),
         slot_E=None if slots is None else torch.tensor(slots),
         w1=leaf(num_slots, *inner, model_dim, scale=model_dim**-0.5),
-        b1=leaf(num_slots, *inner) if biases else None,
+        b1=leaf(num_slots, *inner) if biases in (True, "b1") else None,
         w2=leaf(num_slots, out, hidden_dim, scale=hidden_dim**-0.5),
-        b2=leaf(num_slots, out) if biases else None,
+        b2=leaf(num_slots, out) if biases in (True, "b2") else None,
         activation=activation,
     )
 

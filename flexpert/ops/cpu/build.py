@@ -35,6 +35,11 @@ UNITS: dict[str, tuple[str, ...]] = {
     "f32": AVX512,
     "bf16": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
+# What they find stops the process; the header shows them the instructions that they cannot see.
+SANITIZERS = (
+    "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1",
+    "-include", str(SOURCES / "sanitize.h"),
+)  # fmt: skip
 MODES = ("auto", "off", "require")
 COMPILE_SECONDS = 300
 
@@ -66,6 +71,11 @@ def mode() -> str:
     if value not in MODES:
         raise ConfigError(f"FLEXPERT_NATIVE={value!r} is unknown; choose one of: {', '.join(MODES)}")
     return value
+
+
+def sanitizers() -> tuple[str, ...]:
+    """The flags FLEXPERT_SANITIZE=1 adds, for the tests of `./run sanitize`; none otherwise."""
+    return SANITIZERS if os.environ.get("FLEXPERT_SANITIZE", "0") not in ("", "0") else ()
 
 
 def cache_folder() -> Path:
@@ -108,7 +118,7 @@ def _run(command: list[str], folder: Path) -> str:
 def _key(compiler: list[str]) -> str:
     digest = hashlib.sha256()
     version = _run([*compiler, "--version"], SOURCES)
-    for text in (torch.__version__, " ".join(compiler), version, repr((FLAGS, UNITS))):
+    for text in (torch.__version__, " ".join(compiler), version, repr((FLAGS, UNITS, sanitizers()))):
         digest.update(text.encode() + b"\0")
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -128,9 +138,12 @@ def _compile(compiler: list[str], target: Path) -> None:
         folder = Path(name)
         objects = [str(folder / f"{unit}.o") for unit in UNITS]
         for (unit, flags), made in zip(UNITS.items(), objects, strict=True):
-            _run([*compiler, *FLAGS, *flags, "-c", str(SOURCES / f"{unit}.cpp"), "-o", made], folder)
+            _run(
+                [*compiler, *FLAGS, *flags, *sanitizers(), "-c", str(SOURCES / f"{unit}.cpp"), "-o", made],
+                folder,
+            )
         made = folder / target.name
-        _run([*compiler, "-shared", *objects, "-o", str(made)], folder)
+        _run([*compiler, *sanitizers(), "-shared", *objects, "-o", str(made)], folder)
         made.replace(target)
 
 
@@ -174,6 +187,8 @@ def load(path: Path) -> Native:
     Raises:
         BuildError: it cannot be loaded, or not be run by this processor.
     """
+    if sanitizers() and "libasan" not in Path("/proc/self/maps").read_text():
+        raise BuildError("FLEXPERT_SANITIZE needs libasan.so in LD_PRELOAD; `./run sanitize` sets it")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

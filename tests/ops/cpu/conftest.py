@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -10,16 +12,33 @@ from flexpert.ops import select
 from flexpert.ops.cpu import build
 
 
+@pytest.fixture(scope="session")
+def found():
+    """What there is, looked for once, unless the environment says otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEXPERT_NATIVE", os.environ.get("FLEXPERT_NATIVE", "auto"))
+        patch.setattr(build, "_native", None)
+        return build.native()
+
+
 @pytest.fixture
-def live(monkeypatch):
+def live(found, monkeypatch):
     """Every operator the native backend has runs on it."""
-    monkeypatch.setenv("FLEXPERT_NATIVE", "auto")
-    monkeypatch.setattr(build, "_native", None)
-    found = build.native()
     if found.library is None:
         pytest.skip(f"native kernels are off: {found.reason}")
+    monkeypatch.setenv("FLEXPERT_NATIVE", "require")  # for child processes
+    monkeypatch.setattr(build, "_native", found)
     with ops.use_backend("native"):
         yield found
+
+
+@pytest.fixture
+def preferred(found, monkeypatch):
+    """The native backend runs what it can, and others the rest."""
+    if found.library is None:
+        pytest.skip(f"native kernels are off: {found.reason}")
+    monkeypatch.setattr(build, "_native", found)
+    monkeypatch.setattr(select, "_live", {})
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +162,55 @@ if pid == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     assert run(script) == ["0"]
+
+
+def test_sanitized_is_another_library_that_needs_its_runtime(fresh, monkeypatch, tmp_path):
+    (tmp_path / "x.so").touch()
+    if "libasan" not in Path("/proc/self/maps").read_text():
+        monkeypatch.setenv("FLEXPERT_SANITIZE", "1")
+        with pytest.raises(
+            build.BuildError, match="needs libasan.so in LD_PRELOAD; `./run sanitize` sets it"
+        ):
+            build.load(tmp_path / "x.so")
+    keys = set()
+    for value in ("0", "1"):
+        monkeypatch.setenv("FLEXPERT_SANITIZE", value)
+        keys.add(build._key([sys.executable]))
+    assert len(keys) == 2
+
+
+def test_the_sanitizers_are_shown_every_instruction_they_cannot_see():
+    header = (build.SOURCES / "sanitize.h").read_text()
+    shown = set(re.findall(r"#define (_\w+)", header))
+    masked = r"_mm\w*_(?=\w*mask)\w*(?:load|store|expand|compress)\w*"
+    hidden = re.compile(masked + r"|_mm\w*(?:stream|gather|scatter)\w*|_tile_(?:load|store|stream)\w*")
+    for source in build.SOURCES.iterdir():
+        used = set(hidden.findall(source.read_text())) if source.name != "sanitize.h" else set()
+        assert used <= shown, f"{source.name}: cover {used - shown} in sanitize.h"
+
+
+def test_the_sanitizers_see_masked_instructions(live, tmp_path):
+    source, program = tmp_path / "x.cpp", tmp_path / "x"
+    source.write_text("""
+#include <cstdlib>
+int main(int count, char** words) {
+  float* four = static_cast<float*>(std::calloc(4, 4));
+  const __mmask16 lanes = (1u << std::atoi(words[2])) - 1;
+  __m512 value = _mm512_setzero_ps();
+  if (words[1][0] == 'l') value = _mm512_maskz_loadu_ps(lanes, four);
+  if (words[1][0] == 's') _mm512_mask_storeu_ps(four, lanes, value);
+  return _mm512_reduce_add_ps(value) != 0;
+}
+""")
+    command = [*build.find_compiler(), *build.FLAGS, *build.AVX512, *build.SANITIZERS, source, "-o", program]
+    subprocess.run(command, check=True)
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    env.pop("LD_PRELOAD", None)
+    for word in ("load", "store"):
+        done = [
+            subprocess.run([program, word, lanes], env=env, capture_output=True, check=False)
+            for lanes in "45"
+        ]
+        assert done[0].returncode == 0
+        assert done[1].returncode != 0
+        assert b"heap-buffer-overflow" in done[1].stderr

@@ -1,4 +1,4 @@
-"""The native grouped MLP against the naive loops in float64: forward, every gradient, odd shapes, poison."""
+"""The native grouped MLP by its relative error, which grows with small systematic ones; and its refusals."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from flexpert import ops
 from flexpert.core.errors import ConfigError, InputError
@@ -40,12 +38,6 @@ def check(assert_same, case):
         case.leaves,
         true.leaves,
     )
-
-
-def gradients(case):
-    y = ops.grouped_mlp(*case.args)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    return [y, *torch.autograd.grad(y, list(case.leaves.values()), dy)]
 
 
 def test_names_are_those_of_python():
@@ -81,89 +73,10 @@ def test_shapes(make_case, assert_same, poisoned, shape, gated, dtype):
     check(assert_same, make_case(**SHAPES[shape], gated=gated, dtype=dtype))
 
 
-@settings(
-    max_examples=50,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    tokens=st.sampled_from([1, 7, 33]),
-    # Not 1: errors are relative to a result, and a sum that is a single number may cancel to anything.
-    model_dim=st.sampled_from([7, 17, 33, 255]),
-    hidden_dim=st.sampled_from([7, 17, 33, 255]),
-    output_dim=st.sampled_from([None, 17]),
-    counts=st.lists(st.sampled_from([0, 1, 7, 17, 33]), min_size=1, max_size=4).map(tuple),
-    spare=st.sampled_from([0, 7]),
-    gated=st.booleans(),
-    biases=st.booleans(),
-    weighted=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_any_shape(make_case, assert_same, **shape):
-    check(assert_same, make_case(**shape))
-
-
 def test_bf16_without_amx(make_case, assert_same, live, monkeypatch):
     monkeypatch.setattr(backend, "native", lambda: replace(live, amx=False))
     for gated in (False, True):
         check(assert_same, make_case(counts=(30, 0, 50, 1), gated=gated, dtype=torch.bfloat16))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gated", [False, True])
-def test_nothing_outside_is_read_and_no_memory_of_other_calls(make_case, gated, dtype):
-    """The first call fills all buffers with NaN; the second has NaN wherever it must not look."""
-    bad = make_case(tokens=90, counts=(70, 90), gated=gated, dtype=dtype)
-    with torch.no_grad():
-        for leaf in bad.leaves.values():
-            leaf.fill_(float("nan"))
-    gradients(bad)
-    case = make_case(tokens=9, counts=(3, 4, 2), slots=(0, -1, 1), spare=5, gated=gated, dtype=dtype)
-    case.unit_N[:] = 1 + torch.arange(len(case.unit_N)) % 8
-    case.unit_N[3:7] = case.unit_N[9:] = 0
-    with torch.no_grad():
-        case.x_TD[0] = float("nan")
-        case.weight_N[3:7] = case.weight_N[9:] = float("nan")
-    y, *grads = gradients(case)
-    assert y[0].eq(0).all()
-    assert y.isfinite().all()
-    for name, grad in zip(case.leaves, grads, strict=True):
-        assert grad.isfinite().all(), name
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_for_any_number_of_threads(make_case, threads, dtype):
-    case = make_case(tokens=150, counts=(130, 257, 64, 0, 9), model_dim=200, hidden_dim=130, dtype=dtype)
-    threads(1)
-    want = gradients(case)
-    for number in (1, 2, 3, 2):
-        threads(number)
-        for mine, true in zip(gradients(case), want, strict=True):
-            assert torch.equal(mine, true)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_inputs_of_any_strides(make_case, dtype):
-    case = make_case(tokens=40, model_dim=33, counts=(30, 50), gated=True, dtype=dtype)
-    odd = replace(case, **{
-        name: (leaf.detach().mT.contiguous().mT if leaf.dim() > 1 else leaf.detach().repeat_interleave(2)[::2])  # noqa: E501
-        .requires_grad_() for name, leaf in case.leaves.items()
-    }, unit_N=case.unit_N.repeat_interleave(2)[::2])  # fmt: skip
-    for mine, true in zip(gradients(odd), gradients(case), strict=True):
-        assert torch.equal(mine, true)
-
-
-@pytest.mark.parametrize("index", range(6))
-def test_only_what_is_asked_for(make_case, index):
-    case = make_case(tokens=40, counts=(30, 0, 50), gated=True, dtype=torch.float32)
-    want = gradients(case)[1:]
-    for number, leaf in enumerate(case.leaves.values()):
-        leaf.requires_grad_(number == index)
-    y = ops.grouped_mlp(*case.args)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    (got,) = torch.autograd.grad(y, list(case.leaves.values())[index], dy)
-    torch.testing.assert_close(got, want[index])
 
 
 @pytest.mark.parametrize(

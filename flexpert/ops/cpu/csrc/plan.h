@@ -9,10 +9,15 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <vector>
 
 #include "block.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace {
 
@@ -140,6 +145,7 @@ class Scratch {
     }
     if (owns_kept_) data_ = kept();
     if (data_) next_ = static_cast<char*>(data_);
+    poison();
   }
   ~Scratch() {
     if (owns_kept_)
@@ -155,16 +161,33 @@ class Scratch {
   T* take(index count) {
     T* result = reinterpret_cast<T*>(next_);
     next_ += size<T>(count);
+    unpoison(result, count * sizeof(T));
     return result;
   }
 
   template <typename T>
   static size_t size(index count) {
-    return (count * sizeof(T) + 63) / 64 * 64;
+    return (count * sizeof(T) + 63) / 64 * 64 + GAP;
   }
 
  private:
   static constexpr size_t KEPT_BYTES = size_t(64) << 20, PAGE = size_t(2) << 20;
+
+#ifdef __SANITIZE_ADDRESS__  // buffers begin as NaN and have gaps between them, which nobody may touch
+  static constexpr size_t GAP = 256;
+  void poison() {
+    const size_t all = owns_kept_ ? kept_size() : bytes_;
+    if (!data_) return;
+    unpoison(data_, all);
+    std::memset(data_, 0xff, all);
+    __asan_poison_memory_region(data_, all);
+  }
+  static void unpoison(void* data, size_t bytes) { __asan_unpoison_memory_region(data, bytes); }
+#else
+  static constexpr size_t GAP = 0;
+  static void poison() {}
+  static void unpoison(void*, size_t) {}
+#endif
 
   static void* allocate(size_t bytes) {
     void* data = nullptr;
