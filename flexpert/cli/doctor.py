@@ -13,7 +13,6 @@ import torch
 
 import flexpert
 from flexpert import ops
-from flexpert.ops.cpu import backend as native_backend
 from flexpert.ops.cpu import build as native_build
 from flexpert.ops.cpu.processor import processor
 
@@ -26,7 +25,9 @@ OPTIONAL = {
     "tensorboard": ("tb", "TensorBoard events of a run"),
     "matplotlib": ("plots", "learning curve, load heat map, benchmark plot"),
 }
-FEATURES = ("avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
+FEATURES = (
+    "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16",
+)  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -88,6 +89,7 @@ def _processor() -> dict[str, Any]:
     found, source = native_build.native(), "/proc/cpuinfo" if flags else None
     if found.library is not None:
         source = "the library's probe and /proc/cpuinfo"
+        features |= {"avx2": found.avx2, "fma": found.avx2}
         features |= dict.fromkeys(("avx512f", "avx512bw", "avx512dq", "avx512vl"), found.avx512)
         features |= {"avx512_bf16": found.avx512_bf16, "amx_tile": found.amx, "amx_bf16": found.amx}
     return {"name": name, "features": features, "source": source}
@@ -112,6 +114,7 @@ def _native() -> dict[str, Any]:
     found = native_build.native()
     return {
         "mode": native_build.mode(),
+        "cap": native_build.cap(),
         "live": found.library is not None,
         "why_not": found.reason or None,
         "compiler": None if compiler is None else shlex.join(compiler),
@@ -126,10 +129,11 @@ def _native_lines(facts: dict[str, Any]) -> list[str]:
     library = facts["library"] if facts["built"] else "not built; flexpert build makes it"
     return [
         f"native CPU kernels: {'live' if facts['live'] else 'not live: ' + facts['why_not']}",
-        f"  FLEXPERT_NATIVE  {facts['mode']}",
-        f"  compiler         {facts['compiler_problem'] or facts['compiler']}",
-        f"  cache            {facts['cache']}",
-        f"  library          {library}",
+        f"  FLEXPERT_NATIVE        {facts['mode']}",
+        f"  FLEXPERT_INSTRUCTIONS  {facts['cap']}",
+        f"  compiler               {facts['compiler_problem'] or facts['compiler']}",
+        f"  cache                  {facts['cache']}",
+        f"  library                {library}",
     ]
 
 
@@ -140,7 +144,7 @@ def _kernel(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "backend": backend,
-        "instructions": native_backend.instructions(dtype) if backend == "native" else "those of PyTorch",
+        "instructions": native_build.native().instructions(dtype) if backend == "native" else "those of PyTorch",
         "why_not": {row["backend"]: row["why"] for row in rows if not row["live"]},
     }
 

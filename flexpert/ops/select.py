@@ -33,11 +33,15 @@ class CallFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """`verify` returns None where the backend can run the call, else the reason why it cannot."""
+    """`verify` returns None where the backend can run the call, else the reason why it cannot.
+
+    `instructions` names what it then computes with, where it is not PyTorch that decides.
+    """
 
     name: str
     kernels: Mapping[str, Kernel]
     verify: Callable[[CallFacts], str | None]
+    instructions: Callable[[CallFacts], str] | None = None
 
 
 def _verify_portable(facts: CallFacts) -> str | None:
@@ -65,7 +69,7 @@ def _verify_grouped(facts: CallFacts) -> str | None:
 
 GROUPED_MM = Backend(name="grouped_mm", kernels=grouped.KERNELS, verify=_verify_grouped)
 
-NATIVE = Backend(name="native", kernels=cpu.KERNELS, verify=cpu.verify)
+NATIVE = Backend(name="native", kernels=cpu.KERNELS, verify=cpu.verify, instructions=cpu.instructions)
 
 # In order of preference: the first that accepts a call runs it.
 BACKENDS: list[Backend] = [NATIVE, GROUPED_MM, PORTABLE]
@@ -115,6 +119,8 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict
         for backend in BACKENDS:
             live = backend is chosen
             reason = f"first backend that accepts {facts.dtype} on {device}" if live else why[backend.name]
+            if live and backend.instructions:
+                reason += f", with {backend.instructions(facts)}"
             rows.append({"operator": operator, "backend": backend.name, "live": live, "why": reason})
     return rows
 

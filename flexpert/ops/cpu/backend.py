@@ -35,7 +35,7 @@ _FAILURES = {
     3: "slot_E has a slot outside [-1, S)",
 }
 
-_functions: dict[tuple[str, torch.dtype], Callable[[bytes], int]] = {}
+_functions: dict[tuple[str, torch.dtype, str], Callable[[bytes], int]] = {}
 
 
 def verify(facts: CallFacts) -> str | None:
@@ -47,26 +47,22 @@ def verify(facts: CallFacts) -> str | None:
         names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"has no kernels for {facts.dtype}, only for {names}"
     found = native()
-    if found.library is None:
-        return found.reason
-    if facts.dtype == torch.bfloat16 and not found.avx512_bf16 and facts.operator not in route.DTYPES:
-        return "bfloat16 needs AVX512_BF16 (or AMX), which this processor has not"
-    return None
+    return found.reason if found.library is None else None
 
 
-def instructions(dtype: torch.dtype) -> str:
-    """What the kernels of that dtype, which `verify` accepts, compute with, for `flexpert doctor`."""
-    if dtype != torch.bfloat16:
-        return "AVX-512"
-    return "AMX" if native().amx else "AVX512_BF16"
+def instructions(facts: CallFacts) -> str:
+    """What such calls, which `verify` accepts, compute with."""
+    return native().instructions(torch.float32 if facts.operator in route.DTYPES else facts.dtype)
 
 
 def _function(name: str, dtype: torch.dtype) -> Callable[[bytes], int]:
-    found = _functions.get((name, dtype))
+    uses = native().instructions(dtype)
+    found = _functions.get((name, dtype, uses))
     if found is None:
-        found = getattr(native().library, f"flexpert_{name}_{SUFFIX[dtype]}")
+        suffix = "_avx2" if uses == "AVX2" else ""
+        found = getattr(native().library, f"flexpert_{name}_{SUFFIX[dtype]}{suffix}")
         found.argtypes, found.restype = (ctypes.c_char_p,), ctypes.c_int64
-        _functions[name, dtype] = found
+        _functions[name, dtype, uses] = found
     return found
 
 
@@ -108,7 +104,7 @@ def _sizes(
     units, model_dim = x_TD.shape
     return (
         units, rows, model_dim, hidden_dim, output_dim, experts, slots, gated, _NUMBER[activation],
-        num_threads(), int(native().amx),
+        num_threads(), int(native().instructions(x_TD.dtype) == "AMX"),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,14 @@ from flexpert.core.errors import ConfigError
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-strict-aliasing")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
+AVX2 = ("-mavx2", "-mfma")
+# By the source's name, which may be followed by the instructions. What several units instantiate from the standard
+# library is linked once, as the first of them has it: those that run on fewer processors come later.
 UNITS: dict[str, tuple[str, ...]] = {
     "probe": (),
+    "route_avx2": AVX2,
+    "f32_avx2": AVX2,
+    "bf16_avx2": AVX2,
     "route": AVX512,
     "f32": AVX512,
     "bf16": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
@@ -42,6 +49,7 @@ SANITIZERS = (
 )  # fmt: skip
 MODES = ("auto", "off", "require")
 COMPILE_SECONDS = 300
+CAPS = ("avx2", "avx512", "amx")  # values of FLEXPERT_INSTRUCTIONS, each more than the one before
 
 _log = logging.getLogger("flexpert")
 
@@ -52,13 +60,25 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Native:
-    """The loaded library, or why there is none; `features` as named by `flexpert_features` in probe.cpp."""
+    """The loaded library, or why there is none; what `flexpert_features` in probe.cpp finds; the most to use of it."""
 
     library: ctypes.CDLL | None
     reason: str
+    avx2: bool = False
     avx512: bool = False
     avx512_bf16: bool = False
     amx: bool = False
+    cap: str = CAPS[-1]
+
+    def instructions(self, dtype: torch.dtype) -> str:
+        """What kernels of that dtype compute with: "AVX2", "AVX-512", "AVX512_BF16" or "AMX"."""
+        if self.cap == "avx2" or not self.avx512:
+            return "AVX2"
+        if dtype != torch.bfloat16:
+            return "AVX-512"
+        if not self.avx512_bf16:
+            return "AVX2"
+        return "AMX" if self.amx and self.cap == "amx" else "AVX512_BF16"
 
 
 def mode() -> str:
@@ -70,6 +90,18 @@ def mode() -> str:
     value = os.environ.get("FLEXPERT_NATIVE", "off")
     if value not in MODES:
         raise ConfigError(f"FLEXPERT_NATIVE={value!r} is unknown; choose one of: {', '.join(MODES)}")
+    return value
+
+
+def cap() -> str:
+    """FLEXPERT_INSTRUCTIONS: the most that kernels may use, "avx2", "avx512" or "amx" (the default).
+
+    Raises:
+        ConfigError: another value.
+    """
+    value = os.environ.get("FLEXPERT_INSTRUCTIONS", CAPS[-1])
+    if value not in CAPS:
+        raise ConfigError(f"FLEXPERT_INSTRUCTIONS={value!r} is unknown; choose one of: {', '.join(CAPS)}")
     return value
 
 
@@ -136,12 +168,14 @@ def _locked(path: Path) -> Iterator[None]:
 def _compile(compiler: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
-        objects = [str(folder / f"{unit}.o") for unit in UNITS]
-        for (unit, flags), made in zip(UNITS.items(), objects, strict=True):
-            _run(
-                [*compiler, *FLAGS, *flags, *sanitizers(), "-c", str(SOURCES / f"{unit}.cpp"), "-o", made],
-                folder,
-            )
+
+        def compiled(unit: str) -> str:
+            source, made = SOURCES / f"{unit.removesuffix('_avx2')}.cpp", str(folder / f"{unit}.o")
+            _run([*compiler, *FLAGS, *UNITS[unit], *sanitizers(), "-c", str(source), "-o", made], folder)
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, UNITS))
         made = folder / target.name
         _run([*compiler, *sanitizers(), "-shared", *objects, "-o", str(made)], folder)
         made.replace(target)
@@ -186,6 +220,7 @@ def load(path: Path) -> Native:
 
     Raises:
         BuildError: it cannot be loaded, or not be run by this processor.
+        ConfigError: FLEXPERT_INSTRUCTIONS is unknown.
     """
     if sanitizers() and "libasan" not in Path("/proc/self/maps").read_text():
         raise BuildError("FLEXPERT_SANITIZE needs libasan.so in LD_PRELOAD; `./run sanitize` sets it")
@@ -196,11 +231,9 @@ def load(path: Path) -> Native:
     features = library.flexpert_features
     features.restype = ctypes.c_int64
     bits = features()
-    found = Native(library, "", bool(bits & 1), bool(bits & 2), bool(bits & 4))
-    if not found.avx512:
-        has = "AVX2" if bits & 8 else "neither AVX-512 nor AVX2"
-        raise BuildError(f"the native kernels need AVX-512 (F, BW, DQ, VL); this processor has {has}")
-    return found
+    if not bits & 8:
+        raise BuildError("the native kernels need AVX2 and FMA, which this processor has not")
+    return Native(library, "", True, bool(bits & 1), bool(bits & 2), bool(bits & 4), cap())
 
 
 _native: Native | None = None
@@ -210,7 +243,8 @@ def native() -> Native:
     """The library of this process: built and loaded at the first call, never at import.
 
     Raises:
-        ConfigError: FLEXPERT_NATIVE is "require" and there is no library, or is no mode.
+        ConfigError: FLEXPERT_NATIVE is "require" and there is no library, or is no mode;
+            FLEXPERT_INSTRUCTIONS is unknown.
     """
     global _native  # noqa: PLW0603
     if _native is None:

@@ -33,16 +33,17 @@ _ROUTE_BACKWARD = struct.Struct("=13qd")
 _ASSIGN = struct.Struct("=7q")
 _LOGITS = struct.Struct("=7q")
 
-_functions: dict[str, Callable[..., int]] = {}
+_functions: dict[tuple[str, str], Callable[..., int]] = {}
 
 
 def _run(name: str, call: bytes, *flags: int) -> None:
-    function = _functions.get(name)
+    uses = native().instructions(torch.float32)
+    function = _functions.get((name, uses))
     if function is None:
-        function = getattr(native().library, f"flexpert_{name}")
+        function = getattr(native().library, f"flexpert_{name}{'_avx2' if uses == 'AVX2' else ''}")
         function.argtypes = (ctypes.c_char_p, *[ctypes.c_int64] * len(flags))  # type: ignore[attr-defined]
         function.restype = ctypes.c_int64  # type: ignore[attr-defined]
-        _functions[name] = function
+        _functions[name, uses] = function
     status = function(call, *flags)
     if status == 1:
         raise FlexpertError(f"{name}: not enough memory")

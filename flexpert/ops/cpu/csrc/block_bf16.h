@@ -2,10 +2,9 @@
 //
 // A left tile is [32 rows][32 k]; a right one [2 halves][16 pairs of k][16 columns][2 k], as both units read it.
 #pragma once
-#include <immintrin.h>
-
 #include "block.h"
 #include "transpose.h"
+#include "vector.h"
 
 namespace {
 
@@ -17,6 +16,7 @@ inline __m512i load_32(const Element* source, index count) {
 }
 
 using Piece = __m512i;
+using PieceSum = Vector;
 constexpr index PIECE = 32;
 
 inline Piece load_piece(const Element* source, index count) {
@@ -25,19 +25,7 @@ inline Piece load_piece(const Element* source, index count) {
 
 inline Vector dot(Vector sum, Piece a, Piece b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-inline __mmask16 first_lanes(index count) {
-  return count <= 0 ? 0 : count >= 16 ? 0xffff : (1u << count) - 1;
-}
-
-inline Vector widen(__m256i value) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(value), 16));
-}
-
 inline __m256i narrow(Vector value) { return (__m256i)_mm512_cvtneps_pbh(value); }
-
-inline Vector load_row(const Element* source, index count) {
-  return widen(_mm256_maskz_loadu_epi16(first_lanes(count), source));
-}
 
 inline void store_row(Element* target, Vector value, index count) {
   _mm256_mask_storeu_epi16(target, first_lanes(count), narrow(value));
@@ -107,6 +95,7 @@ constexpr index ABREAST = 1;  // right operands that are multiplied at once
 
 // Lives in each thread as long as it multiplies: AMX needs its tiles configured.
 struct Multiplier {
+  static constexpr bool HAS_TILES = true;
   bool amx;
 
   explicit Multiplier(index use_amx) : amx(use_amx != 0) {
@@ -140,7 +129,7 @@ struct Multiplier {
     }
   }
 
-  // sums[column][row] of 32 columns, whose weights lie `stride` apart and are read there, and 16 rows, packed as a
+  // sums[row][column] of 32 columns, whose weights lie `stride` apart and are read there, and 16 rows, packed as a
   // right operand: the weights are the left one. The next columns' are asked for on the way.
   static void stream(const Element* weights, index stride, const Element* rows, index count, float* sums) {
     _tile_zero(0);
@@ -153,11 +142,22 @@ struct Multiplier {
       _tile_loadd(5, weights + 16 * stride, stride * sizeof(Element));
       _tile_dpbf16ps(2, 5, 6);
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(2, sums + TILE / 4, 64);
+    alignas(64) float turned[TILE / 2];
+    _tile_stored(0, turned, 64);
+    _tile_stored(2, turned + TILE / 4, 64);
+    turn(turned, sums);
   }
 
  private:
+  static void turn(const float* turned, float* sums) {
+    for (index half = 0; half < 2; ++half) {
+      __m512i square[16];
+      for (index i = 0; i < 16; ++i) square[i] = _mm512_load_si512(turned + (half * 16 + i) * 16);
+      transpose(square);
+      for (index r = 0; r < 16; ++r) _mm512_store_si512(sums + r * BLOCK + half * 16, square[r]);
+    }
+  }
+
   template <typename Work>
   static void tiles_32(const Element* left, const Element* right, index count, float* sums, const Work& work) {
     _tile_zero(0);

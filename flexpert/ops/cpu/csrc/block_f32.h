@@ -1,23 +1,15 @@
 // Tiles and products in fp32, with AVX-512.
 #pragma once
-#include <immintrin.h>
-
 #include "block.h"
 #include "transpose.h"
+#include "vector.h"
 
 namespace {
 
 using Element = float;
 
-inline __mmask16 first_lanes(index count) {
-  return count <= 0 ? 0 : count >= 16 ? 0xffff : (1u << count) - 1;
-}
-
-inline Vector load_row(const float* source, index count) {
-  return _mm512_maskz_loadu_ps(first_lanes(count), source);
-}
-
 using Piece = Vector;
+using PieceSum = Vector;
 constexpr index PIECE = 16;
 
 inline Piece load_piece(const float* source, index count) {
@@ -25,10 +17,6 @@ inline Piece load_piece(const float* source, index count) {
 }
 
 inline Vector dot(Vector sum, Piece a, Piece b) { return _mm512_fmadd_ps(a, b, sum); }
-
-inline void store_row(float* target, Vector value, index count) {
-  _mm512_mask_storeu_ps(target, first_lanes(count), value);
-}
 
 // 32 numbers, and past the caches where the lines are whole: `streams` says so for a whole target.
 inline void store_32(float* target, Vector low, Vector high, index count, bool streams = false) {
@@ -105,6 +93,8 @@ inline void multiply_rows(const float* left, const float* right, index stride, i
 }
 
 struct Multiplier {
+  static constexpr bool HAS_TILES = false;
+
   explicit Multiplier(index) {}
 
   // sums[part] = left x right[part] over `count` k blocks, for the first `rows` rows at least; `work` is called

@@ -9,12 +9,6 @@ namespace {
 
 using Half = uint16_t;  // bf16 by its bits
 
-inline Vector widen(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
-inline Vector widen(const Half* from, __mmask16 lanes) {
-  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-}
-
 struct LogitsCall {
   index tokens, experts, size, threads, x, w, logits;
 };
@@ -29,17 +23,17 @@ void logits_block(const LogitsCall& c, index t, index e) {
   for (auto& row : sum)
     for (Vector& entry : row) entry = constant(0.0f);
   for (index d = 0; d < c.size; d += 16) {
-    const __mmask16 lanes = c.size - d >= 16 ? 0xffff : (1u << (c.size - d)) - 1;
+    const index left = c.size - d;
     Vector right[EXPERTS];
-    for (int j = 0; j < EXPERTS; ++j) right[j] = widen(w[j] + d, lanes);
+    for (int j = 0; j < EXPERTS; ++j) right[j] = load(w[j] + d, left);
     for (int i = 0; i < TOKENS; ++i) {
-      const Vector left = widen(x[i] + d, lanes);
-      for (int j = 0; j < EXPERTS; ++j) sum[i][j] = _mm512_fmadd_ps(left, right[j], sum[i][j]);
+      const Vector token = load(x[i] + d, left);
+      for (int j = 0; j < EXPERTS; ++j) sum[i][j] = fmadd(token, right[j], sum[i][j]);
     }
   }
   for (int i = 0; i < TOKENS && t + i < c.tokens; ++i)
     for (int j = 0; j < EXPERTS && e + j < c.experts; ++j)
-      pointer<float>(c.logits)[(t + i) * c.experts + e + j] = _mm512_reduce_add_ps(sum[i][j]);
+      pointer<float>(c.logits)[(t + i) * c.experts + e + j] = reduce_add(sum[i][j]);
 }
 
 template <typename Element>

@@ -38,17 +38,17 @@ struct HiddenGradient {
       clear_row(r);
   }
 
-  void store(index r, index half, Vector low, Vector high) const {
+  void put(index r, index half, Vector low, Vector high) const {
     if (d_pre_rows[half]) store_32(d_pre_rows[half] + r * BLOCK, low, high, BLOCK);
     if (!d_bias) return;
     float* sums = d_bias[half];
-    _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), low));
-    _mm512_store_ps(sums + 16, _mm512_add_ps(_mm512_load_ps(sums + 16), high));
+    store(sums, add(load(sums), low));
+    store(sums + 16, add(load(sums + 16), high));
   }
 
  private:
   void clear_row(index r) const {
-    const Vector zero = _mm512_setzero_ps();
+    const Vector zero = constant(0.0f);
     if (hidden_right) store_32(hidden_rows + r * BLOCK, zero, zero, BLOCK);
     for (index half = 0; half < halves; ++half)
       if (d_pre_rows[half]) store_32(d_pre_rows[half] + r * BLOCK, zero, zero, BLOCK);
@@ -65,28 +65,28 @@ struct HiddenGradient {
 
 template <index KIND>
 void hidden_gradient_row(const HiddenGradient& h, index r, const float* grad) {
-  const Vector factor = _mm512_set1_ps(h.weight ? h.weight[r] : 1.0f);
+  const Vector factor = constant(h.weight ? h.weight[r] : 1.0f);
   const Element *gate = h.pre + r * h.halves * h.stride, *up = gate + h.stride;
   Vector value[2], d_gate[2], d_up[2], product[2];
   for (int i = 0; i < 2; ++i) {
-    const Vector g = _mm512_load_ps(grad + 16 * i), weighted = _mm512_mul_ps(g, factor);
+    const Vector g = load(grad + 16 * i), weighted = mul(g, factor);
     const Both act = activate<KIND>(load_row(gate + 16 * i, h.width - 16 * i));
     value[i] = act.value;
-    d_gate[i] = _mm512_mul_ps(weighted, act.slope);
+    d_gate[i] = mul(weighted, act.slope);
     if (h.halves == 2) {
       const Vector times = load_row(up + 16 * i, h.width - 16 * i);
-      d_up[i] = _mm512_mul_ps(weighted, act.value);
-      value[i] = _mm512_mul_ps(act.value, times);
-      d_gate[i] = _mm512_mul_ps(d_gate[i], times);
+      d_up[i] = mul(weighted, act.value);
+      value[i] = mul(act.value, times);
+      d_gate[i] = mul(d_gate[i], times);
     }
-    product[i] = _mm512_mul_ps(g, value[i]);
-    value[i] = _mm512_mul_ps(value[i], factor);
+    product[i] = mul(g, value[i]);
+    value[i] = mul(value[i], factor);
   }
   if (h.weight_parts)
-    h.weight_parts[r * h.weight_stride] = _mm512_reduce_add_ps(_mm512_add_ps(product[0], product[1]));
+    h.weight_parts[r * h.weight_stride] = reduce_add(add(product[0], product[1]));
   if (h.hidden_right) store_32(h.hidden_rows + r * BLOCK, value[0], value[1], BLOCK);
-  h.store(r, 0, d_gate[0], d_gate[1]);
-  if (h.halves == 2) h.store(r, 1, d_up[0], d_up[1]);
+  h.put(r, 0, d_gate[0], d_gate[1]);
+  if (h.halves == 2) h.put(r, 1, d_up[0], d_up[1]);
 }
 
 template <index... KIND>
@@ -227,10 +227,10 @@ class Backward {
     const Element* bias = pointer<Element>(c.b2) + slot * c.output;
     for (index row = rows.start; row < rows.start + rows.count; ++row) {
       const Element* dy = pointer<Element>(c.grad) + unit()[row] * c.output;
-      Vector sum = _mm512_setzero_ps();
+      Vector sum = constant(0.0f);
       for (index i = 0; i < c.output; i += 16)
-        sum = _mm512_fmadd_ps(load_row(dy + i, c.output - i), load_row(bias + i, c.output - i), sum);
-      pointer<float>(c.d_weight)[row] = _mm512_reduce_add_ps(sum);
+        sum = fmadd(load_row(dy + i, c.output - i), load_row(bias + i, c.output - i), sum);
+      pointer<float>(c.d_weight)[row] = reduce_add(sum);
     }
   }
 
@@ -238,11 +238,11 @@ class Backward {
     Element* target = pointer<Element>(c.d_b2) + segment.slot * c.output + first;
     const index width = least(BLOCK, c.output - first);
     for (index i = 0; i < width; i += 16) {
-      Vector sum = segment.again ? load_row(target + i, width - i) : _mm512_setzero_ps();
+      Vector sum = segment.again ? load_row(target + i, width - i) : constant(0.0f);
       for (index row = segment.start; row < segment.start + segment.count; ++row) {
         const Element* dy = pointer<Element>(c.grad) + unit()[row] * c.output + first + i;
-        const Vector factor = _mm512_set1_ps(weight() ? weight()[row] : 1.0f);
-        sum = _mm512_fmadd_ps(factor, load_row(dy, width - i), sum);
+        const Vector factor = constant(weight() ? weight()[row] : 1.0f);
+        sum = fmadd(factor, load_row(dy, width - i), sum);
       }
       store_row(target + i, sum, width - i);
     }
@@ -279,8 +279,8 @@ class Backward {
     for (index half = 0; half < halves; ++half) {
       Element* target = pointer<Element>(c.d_b1) + (segment.slot * halves + half) * c.hidden + first;
       for (index i = 0; i < width; i += 16) {
-        Vector sum = _mm512_load_ps(d_bias[half] + i);
-        if (segment.again) sum = _mm512_add_ps(sum, load_row(target + i, width - i));
+        Vector sum = load(d_bias[half] + i);
+        if (segment.again) sum = add(sum, load_row(target + i, width - i));
         store_row(target + i, sum, width - i);
       }
     }

@@ -188,11 +188,11 @@ struct StoreRows {
   bool adds = false, streams = false;
 
   void step(index r, Sums sums) const {
-    Vector low = _mm512_load_ps(sums[0] + r * BLOCK), high = _mm512_load_ps(sums[0] + r * BLOCK + 16);
+    Vector low = load(sums[0] + r * BLOCK), high = load(sums[0] + r * BLOCK + 16);
     Element* place = target + r * stride;
     if (const Element* other = adds ? place : bias) {
-      low = _mm512_add_ps(low, load_row(other, width));
-      high = _mm512_add_ps(high, load_row(other + 16, width - 16));
+      low = add(low, load_row(other, width));
+      high = add(high, load_row(other + 16, width - 16));
     }
     store_32(place, low, high, width, streams);
   }
@@ -205,12 +205,12 @@ inline void combine(const Plan& plan, const Element* rows, const float* weight, 
   for (index u = 0; u < units; ++u) {
     const index *row = plan.row_of.data() + plan.first_row[u], *end = plan.row_of.data() + plan.first_row[u + 1];
     for (index i = 0; i < width; i += BLOCK) {
-      Vector low = _mm512_setzero_ps(), high = low;
+      Vector low = constant(0.0f), high = low;
       for (const index* at = row; at < end; ++at) {
-        const Vector factor = _mm512_set1_ps(weight ? weight[*at] : 1.0f);
+        const Vector factor = constant(weight ? weight[*at] : 1.0f);
         const Element* source = rows + *at * width + i;
-        low = _mm512_fmadd_ps(factor, load_row(source, width - i), low);
-        high = _mm512_fmadd_ps(factor, load_row(source + 16, width - i - 16), high);
+        low = fmadd(factor, load_row(source, width - i), low);
+        high = fmadd(factor, load_row(source + 16, width - i - 16), high);
       }
       store_32(result + u * width + i, low, high, width - i);
     }

@@ -24,13 +24,13 @@ struct HiddenRows {
     if (r < count)
       row(*this, r, sums);
     else
-      store_32(tile + r * BLOCK, _mm512_setzero_ps(), _mm512_setzero_ps(), BLOCK);
+      store_32(tile + r * BLOCK, constant(0.0f), constant(0.0f), BLOCK);
   }
 
   // 16 columns of one half from `i` on.
   Vector value(index r, index half, index i, Sums sums) const {
-    const Vector sum = _mm512_load_ps(sums[half] + r * BLOCK + i);
-    return bias ? _mm512_add_ps(sum, load_row(bias + half * stride + i, width - i)) : sum;
+    const Vector sum = load(sums[half] + r * BLOCK + i);
+    return bias ? add(sum, load_row(bias + half * stride + i, width - i)) : sum;
   }
 };
 
@@ -42,7 +42,7 @@ void hidden_row(const HiddenRows& h, index r, Sums sums) {
   if (h.halves == 2) {
     const Vector up_low = h.value(r, 1, 0, sums), up_high = h.value(r, 1, 16, sums);
     if (h.pre) store_32(h.pre + (r * 2 + 1) * h.stride, up_low, up_high, h.width);
-    low = _mm512_mul_ps(low, up_low), high = _mm512_mul_ps(high, up_high);
+    low = mul(low, up_low), high = mul(high, up_high);
   }
   store_32(h.tile + r * h.tile_stride, low, high, BLOCK);
 }

@@ -107,7 +107,7 @@ class Router {
       float* score = pointer<float>(c.score) + t * c.experts;
       index* ids = pointer<index>(c.ids) + t * c.top_k;
       scores(Scoring(c.scoring), pointer<float>(c.logits) + t * c.experts, row, c.experts);
-      for (index i = 0; i < c.experts; i += LANES) store(score + i, _mm512_load_ps(row + i), c.experts - i);
+      for (index i = 0; i < c.experts; i += LANES) store(score + i, load(row + i), c.experts - i);
       best_experts(row, bias, c.experts, c.top_k, rank_ + range * padded(c.experts), ids);
       weigh(row, ids, weight_ + t * c.top_k);
       if (c.prioritized)

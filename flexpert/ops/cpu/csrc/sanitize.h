@@ -17,6 +17,34 @@ namespace {
     if (lanes >> i & 1) check_bytes(static_cast<const char*>(base) + i * size, size);
 }
 
+#ifdef __AVX2__
+
+inline uint64_t lanes_of_signs(__m256i mask) { return _mm256_movemask_ps(_mm256_castsi256_ps(mask)); }
+
+inline __m256 checked_maskload_ps(const float* base, __m256i mask) {
+  check_lanes(lanes_of_signs(mask), base, 4);
+  return _mm256_maskload_ps(base, mask);
+}
+inline void checked_maskstore_ps(float* base, __m256i mask, __m256 value) {
+  check_lanes(lanes_of_signs(mask), base, 4);
+  _mm256_maskstore_ps(base, mask, value);
+}
+inline void checked_half_stream_ps(float* base, __m256 value) {
+  check_bytes(base, 32);
+  _mm256_stream_ps(base, value);
+}
+inline void checked_half_stream_si256(__m256i* base, __m256i value) {
+  check_bytes(base, 32);
+  _mm256_stream_si256(base, value);
+}
+
+#define _mm256_maskload_ps checked_maskload_ps
+#define _mm256_maskstore_ps checked_maskstore_ps
+#define _mm256_stream_ps checked_half_stream_ps
+#define _mm256_stream_si256 checked_half_stream_si256
+
+#endif
+
 #ifdef __AVX512F__
 
 inline __m512 checked_load_ps(__mmask16 lanes, const void* base) {

@@ -10,9 +10,9 @@ constexpr index STREAM_ROWS = 16;  // with more, the products take longer than t
 // sums[row][column] for COLUMNS columns, whose weights are `stride` apart, and ROWS rows.
 template <index COLUMNS, index ROWS>
 void dot_products(const Element* weights, index stride, const Element* const* rows, index size, float* sums) {
-  Vector sum[COLUMNS][ROWS];
+  PieceSum sum[COLUMNS][ROWS];
   for (auto& column : sum)
-    for (Vector& value : column) value = _mm512_setzero_ps();
+    for (PieceSum& value : column) value = PieceSum{};
   for (index k = 0; k < size; k += PIECE) {
     Piece row[ROWS];
     for (index r = 0; r < ROWS; ++r) row[r] = load_piece(rows[r] + k, size - k);
@@ -24,7 +24,7 @@ void dot_products(const Element* weights, index stride, const Element* const* ro
     }
   }
   for (index i = 0; i < COLUMNS; ++i)
-    for (index r = 0; r < ROWS; ++r) sums[r * BLOCK + i] = _mm512_reduce_add_ps(sum[i][r]);
+    for (index r = 0; r < ROWS; ++r) sums[r * BLOCK + i] = reduce_add(sum[i][r]);
 }
 
 template <index COLUMNS, index ROWS>
@@ -39,8 +39,10 @@ void dot_block(const Element* weights, index stride, index columns, const Elemen
 inline void stream_block_of_vectors(const Element* weights, index stride, index columns, const Element* const* rows,
                                     index count, index size, float* sums) {
   using Kernel = void (*)(const Element*, index, index, const Element* const*, index, float*);
-  constexpr Kernel KERNELS[] = {dot_block<8, 1>, dot_block<8, 2>, dot_block<4, 3>, dot_block<4, 4>,
-                                dot_block<4, 5>, dot_block<4, 6>, dot_block<2, 7>, dot_block<2, 8>};
+  constexpr auto& COLUMNS = STREAM_COLUMNS;
+  constexpr Kernel KERNELS[] = {dot_block<COLUMNS[0], 1>, dot_block<COLUMNS[1], 2>, dot_block<COLUMNS[2], 3>,
+                                dot_block<COLUMNS[3], 4>, dot_block<COLUMNS[4], 5>, dot_block<COLUMNS[5], 6>,
+                                dot_block<COLUMNS[6], 7>, dot_block<COLUMNS[7], 8>};
   for (index r = 0; r < count; r += 8)
     KERNELS[least(8, count - r) - 1](weights, stride, least(BLOCK, columns), rows + r, size, sums + r * BLOCK);
 }
@@ -52,33 +54,19 @@ class Stream {
   // `packed` is room for the rows as a right operand.
   Stream(const M& multiply, const Rows& rows, index count, index size, Element* packed)
       : rows(rows), count(count), size(size), packed(packed) {
-    if constexpr (sizeof(Element) == 2) has_tiles = multiply.amx && count > 2 && size % BLOCK == 0;
+    if constexpr (M::HAS_TILES) has_tiles = multiply.amx && count > 2 && size % BLOCK == 0;
     if (!has_tiles) return;
     for (index k = 0; k < size; k += BLOCK) pack_right_transposed(packed + k * BLOCK, rows.at, k, size - k);
   }
 
   // sums[row][column] of at most 32 columns.
   void block(const Element* weights, index columns, float* sums) const {
-    if constexpr (sizeof(Element) == 2) {
-      if (has_tiles && columns >= BLOCK) {
-        alignas(64) float turned[TILE / 2];
-        M::stream(weights, size, packed, size / BLOCK, turned);
-        return turn(turned, sums);
-      }
-    }
+    if constexpr (M::HAS_TILES)
+      if (has_tiles && columns >= BLOCK) return M::stream(weights, size, packed, size / BLOCK, sums);
     stream_block_of_vectors(weights, size, columns, rows.at, count, size, sums);
   }
 
  private:
-  static void turn(const float* turned, float* sums) {
-    for (index half = 0; half < 2; ++half) {
-      __m512i square[16];
-      for (index i = 0; i < 16; ++i) square[i] = _mm512_load_si512(turned + (half * 16 + i) * 16);
-      transpose(square);
-      for (index r = 0; r < 16; ++r) _mm512_store_si512(sums + r * BLOCK + half * 16, square[r]);
-    }
-  }
-
   const Rows& rows;
   const index count, size;
   Element* packed;
