@@ -43,12 +43,14 @@ void logits_of(const LogitsCall& c) {
   on_threads(threads, [&] {
 #pragma omp for schedule(static)
     for (index e = 0; e < c.experts; e += 8) {
+      const index end = least(e + 8, c.experts);
       if (c.tokens == 1) {
-        logits_block<1, 8, Element>(c, 0, e);
+        for (index part = e; part < end; part += LOGITS_OF_ONE) logits_block<1, LOGITS_OF_ONE, Element>(c, 0, part);
         continue;
       }
-      for (index half = e; half < least(e + 8, c.experts); half += 4)
-        for (index t = 0; t < c.tokens; t += 4) logits_block<4, 4, Element>(c, t, half);
+      for (index part = e; part < end; part += LOGITS_SIDE)
+        for (index t = 0; t < c.tokens; t += LOGITS_SIDE)
+          logits_block<LOGITS_SIDE, LOGITS_SIDE, Element>(c, t, part);
     }
   });
 }

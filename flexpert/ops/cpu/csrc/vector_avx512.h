@@ -124,8 +124,9 @@ inline Integers ordered(Vector x) {
   return _mm512_xor_si512(bits, _mm512_and_si512(flip, _mm512_set1_epi32(0x7fffffff)));
 }
 
-// For products of weights where they lie, by the rows that meet them (1 to 8): columns at once, so that all sums
-// stay in registers.
+// How many sums stay in registers: columns of weights that are met where they lie, by the number of rows (1 to 8)
+// that meet them; logits of one token, and tokens and experts of a square of them.
 constexpr index STREAM_COLUMNS[] = {8, 8, 4, 4, 4, 4, 2, 2};
+constexpr int LOGITS_OF_ONE = 8, LOGITS_SIDE = 4;
 
 }  // namespace
