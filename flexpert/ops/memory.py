@@ -1,9 +1,9 @@
 """Large buffers whose pages are used again: writing a fresh page costs more than the product that fills it.
 
-The system hands out fresh memory at a few GB/s, less than a kernel writes, and the C library gives blocks of
-32 MiB and more back at once. So such buffers are mapped here, in huge pages, and a block whose tensor is gone
-waits for the next one of its size: the gradients of one step lie where those of the step before did. Waiting
-blocks are marked free for the system, which takes them when memory is short.
+The system hands out fresh memory at a few GB/s, less than a kernel writes, and the C library gives large blocks
+back at once. So such buffers are mapped here, in huge pages, and a block whose tensor is gone waits for the next
+one of its size: the gradients of one step lie where those of the step before did. No more wait than were ever
+in use, and waiting blocks are marked free for the system, which takes them when memory is short.
 """
 
 from __future__ import annotations
@@ -17,36 +17,52 @@ import torch
 from torch import Tensor
 
 PAGE = 1 << 21
-SMALLEST = 32 << 20
+SMALLEST = 2 * PAGE
 WASTE = 1.25  # a waiting block may be larger than asked for by this factor
 
-_idle: list[mmap.mmap] = []
 _enabled = sys.platform.startswith("linux")
 
 
-def _give_back(block: mmap.mmap) -> None:
-    block.madvise(mmap.MADV_FREE)
-    _idle.append(block)
+class _Blocks:
+    """Those that wait, oldest first. Blocks come back whenever a tensor dies, so nothing here takes a lock."""
 
+    def __init__(self) -> None:
+        self.waiting: list[mmap.mmap] = []
+        self.live = self.most_live = 0  # bytes in use, now and at most
 
-def _waiting(size: int) -> mmap.mmap | None:
-    """A waiting block for `size` bytes, the smallest that will do."""
-    fitting = [block for block in _idle if size <= len(block) <= size * WASTE]
-    for block in sorted(fitting, key=len):
-        try:
-            _idle.remove(block)  # another thread may have been faster
-        except ValueError:
-            continue
+    def take(self, size: int) -> mmap.mmap:
+        """A block of at least `size` bytes: the smallest waiting one that will do, else a new one."""
+        block = self._find(size) or self._map(size)
+        self.live += len(block)
+        self.most_live = max(self.most_live, self.live)
         return block
-    return None
+
+    def give_back(self, block: mmap.mmap) -> None:
+        """Let a block wait; the oldest go where too many do."""
+        self.live -= len(block)
+        block.madvise(mmap.MADV_FREE)
+        self.waiting.append(block)
+        while sum(map(len, self.waiting)) > self.most_live:
+            del self.waiting[0]
+
+    def _find(self, size: int) -> mmap.mmap | None:
+        fitting = [block for block in self.waiting if size <= len(block) <= size * WASTE]
+        for block in sorted(fitting, key=len):
+            try:
+                self.waiting.remove(block)  # another thread may have been faster
+            except ValueError:
+                continue
+            return block
+        return None
+
+    @staticmethod
+    def _map(size: int) -> mmap.mmap:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block.madvise(mmap.MADV_HUGEPAGE)
+        return block
 
 
-def _map(size: int) -> mmap.mmap:
-    """A new block. Those that wait are dropped first: together they never hold more than was in use."""
-    _idle.clear()
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
-    return block
+_blocks = _Blocks()
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -56,7 +72,7 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not _enabled or like.device.type != "cpu" or size < SMALLEST:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     whole = -(-size // PAGE) * PAGE
-    block = _waiting(whole) or _map(whole)
+    block = _blocks.take(whole)
     view = (ctypes.c_char * size).from_buffer(block)
-    weakref.finalize(view, _give_back, block).atexit = False
+    weakref.finalize(view, _blocks.give_back, block).atexit = False
     return torch.frombuffer(view, dtype=like.dtype, count=count).view(shape)

@@ -14,11 +14,8 @@ LARGE = (10 << 10, 1 << 10)  # ten pages
 
 
 @pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
-    monkeypatch.setattr(memory, "SMALLEST", 2 * memory.PAGE)
-    memory._idle.clear()
-    yield
-    memory._idle.clear()
+def _own_blocks(monkeypatch):
+    monkeypatch.setattr(memory, "_blocks", memory._Blocks())
 
 
 @pytest.mark.parametrize("mapped", [True, False])
@@ -55,12 +52,16 @@ def test_a_view_keeps_the_memory():
 
 
 @needs_blocks
-def test_a_new_block_takes_the_place_of_those_that_wait():
-    del_me = [memory.empty(LIKE, LARGE) for _ in range(3)]
-    del_me.clear()
-    assert len(memory._idle) == 3
-    memory.empty(LIKE, (LARGE[0] * 2, LARGE[1]))  # too large for any of them
-    assert len(memory._idle) == 1
+def test_no_more_blocks_wait_than_were_in_use():
+    size = 10 * memory.PAGE
+    for rows in (10, 5, 20):  # one at a time
+        memory.empty(LIKE, (rows << 10, 1 << 10))
+    assert [len(block) for block in memory._blocks.waiting] == [2 * size]
+    both = [memory.empty(LIKE, (rows << 10, 1 << 10)) for rows in (10, 20)]
+    assert (memory._blocks.live, memory._blocks.most_live) == (3 * size, 3 * size)
+    both.clear()
+    assert sorted(len(block) for block in memory._blocks.waiting) == [size, 2 * size]
+    assert memory._blocks.live == 0
 
 
 @needs_blocks

@@ -82,12 +82,12 @@ class Native:
 
 
 def mode() -> str:
-    """FLEXPERT_NATIVE: "off" (the default), "auto", or "require": an error instead of the portable path.
+    """FLEXPERT_NATIVE: "auto" (the default), "off", or "require": an error instead of the portable path.
 
     Raises:
         ConfigError: another value.
     """
-    value = os.environ.get("FLEXPERT_NATIVE", "off")
+    value = os.environ.get("FLEXPERT_NATIVE", "auto")
     if value not in MODES:
         raise ConfigError(f"FLEXPERT_NATIVE={value!r} is unknown; choose one of: {', '.join(MODES)}")
     return value
@@ -250,7 +250,7 @@ def native() -> Native:
     if _native is None:
         chosen = mode()
         if chosen == "off":
-            _native = Native(None, "off unless FLEXPERT_NATIVE is auto or require")
+            _native = Native(None, "turned off by FLEXPERT_NATIVE=off")
         else:
             try:
                 _native = load(build())

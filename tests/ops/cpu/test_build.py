@@ -101,7 +101,7 @@ def test_failures_leave_the_portable_path(make_case, fresh, monkeypatch, tmp_pat
 def test_off_is_silent(make_case, fresh, monkeypatch, caplog):
     monkeypatch.setenv("FLEXPERT_NATIVE", "off")
     assert ops.grouped_mlp(*make_case(dtype=torch.float32).args).isfinite().all()
-    assert reasons() == {"off unless FLEXPERT_NATIVE is auto or require"}
+    assert reasons() == {"turned off by FLEXPERT_NATIVE=off"}
     assert not caplog.records
 
 
