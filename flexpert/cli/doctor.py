@@ -140,11 +140,11 @@ def _native_lines(facts: dict[str, Any]) -> list[str]:
 def _kernel(dtype: torch.dtype) -> dict[str, Any]:
     """The backend that runs the fused MLP in that dtype, what it computes with, and why others do not."""
     rows = [row for row in ops.report(dtype=dtype) if row["operator"] == "grouped_mlp"]
-    backend = next((row["backend"] for row in rows if row["live"]), None)
+    backend, native = next((row["backend"] for row in rows if row["live"]), None), native_build.native()
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "backend": backend,
-        "instructions": native_build.native().instructions(dtype) if backend == "native" else "those of PyTorch",
+        "instructions": native.instructions(dtype) if backend == "native" else "those of PyTorch",
         "why_not": {row["backend"]: row["why"] for row in rows if not row["live"]},
     }
 

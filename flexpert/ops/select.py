@@ -118,8 +118,10 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict
         chosen, why = _choose(facts)
         for backend in BACKENDS:
             live = backend is chosen
-            reason = f"first backend that accepts {facts.dtype} on {device}" if live else why[backend.name]
-            if live and backend.instructions:
+            reason = f"first backend that accepts {facts.dtype} on {device}"
+            if not live:
+                reason = why.get(backend.name, "use_backend names another")
+            elif backend.instructions:
                 reason += f", with {backend.instructions(facts)}"
             rows.append({"operator": operator, "backend": backend.name, "live": live, "why": reason})
     return rows

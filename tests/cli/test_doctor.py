@@ -30,7 +30,7 @@ def kernels(found: dict) -> dict[str, tuple[str, str]]:
 
 def test_kernels_by_what_the_processor_has(facts) -> None:
     library = SimpleNamespace()
-    found = facts(native.Native(library, "", avx512=True, avx512_bf16=True, amx=True))
+    found = facts(native.Native(library, "", avx2=True, avx512=True, avx512_bf16=True, amx=True))
     assert kernels(found)["float32"] == ("native", "AVX-512")
     assert kernels(found)["bfloat16"] == ("native", "AMX")
     assert kernels(found)["float16"][0] == kernels(found)["float64"][0] == "portable"
@@ -39,14 +39,26 @@ def test_kernels_by_what_the_processor_has(facts) -> None:
     found = facts(native.Native(library, "", avx512=True, avx512_bf16=True, amx=False))
     assert kernels(found)["bfloat16"] == ("native", "AVX512_BF16")
     assert found["processor"]["features"]["amx_tile"] is False
-    found = facts(native.Native(library, "", avx512=True))
-    assert kernels(found)["bfloat16"][0] == "portable"
-    (row,) = (row for row in found["kernels"] if row["dtype"] == "bfloat16")
-    assert "AVX512_BF16" in row["why_not"]["native"]
+    found = facts(native.Native(library, "", avx2=True))
+    assert kernels(found)["float32"] == kernels(found)["bfloat16"] == ("native", "AVX2")
+    assert kernels(found)["float16"][0] == "portable"
+    assert {name for name, has in found["processor"]["features"].items() if has} == {"avx2", "fma"}
+    assert {row["why"] for row in found["operators"] if row["live"] and row["operator"] == "route"} == {
+        "first backend that accepts torch.float32 on cpu, with AVX2"
+    }
+
+
+def test_a_cap_is_told_and_hides_no_feature(facts, monkeypatch) -> None:
+    monkeypatch.setenv("FLEXPERT_INSTRUCTIONS", "avx2")
+    features = dict.fromkeys(("avx2", "avx512", "avx512_bf16", "amx"), True)
+    found = facts(native.Native(SimpleNamespace(), "", **features, cap="avx2"))
+    assert kernels(found)["float32"] == kernels(found)["bfloat16"] == ("native", "AVX2")
+    assert all(found["processor"]["features"].values())
+    assert "FLEXPERT_INSTRUCTIONS  avx2" in doctor.describe(found)
 
 
 def test_off_tells_the_mode_and_reads_the_system(facts, monkeypatch) -> None:
-    monkeypatch.setattr(doctor, "processor", lambda: ("Fast", frozenset({"avx2", "avx512f"})))
+    monkeypatch.setattr(doctor, "processor", lambda: ("Fast", frozenset({"avx2", "fma", "avx512f"})))
     found = facts()
     assert {dtype for dtype, (backend, _) in kernels(found).items() if backend == "portable"} == set(
         kernels(found)
@@ -55,11 +67,11 @@ def test_off_tells_the_mode_and_reads_the_system(facts, monkeypatch) -> None:
     assert not found["native"]["live"]
     assert "FLEXPERT_NATIVE" in found["native"]["why_not"]
     assert found["processor"]["source"] == "/proc/cpuinfo"
-    assert [name for name, has in found["processor"]["features"].items() if has] == ["avx2", "avx512f"]
+    assert [name for name, has in found["processor"]["features"].items() if has] == ["avx2", "fma", "avx512f"]
     page = doctor.describe(found)
-    assert "has              avx2, avx512f\n" in page
+    assert "has              avx2, fma, avx512f\n" in page
     assert "lacks            avx512bw" in page
-    assert "FLEXPERT_NATIVE  off" in page
+    assert "FLEXPERT_NATIVE        off" in page
 
 
 def test_compiler_and_cache(facts, monkeypatch, tmp_path) -> None:

@@ -31,8 +31,8 @@ SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-strict-aliasing")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 AVX2 = ("-mavx2", "-mfma")
-# By the source's name, which may be followed by the instructions. What several units instantiate from the standard
-# library is linked once, as the first of them has it: those that run on fewer processors come later.
+# By the source's name, which may be followed by the instructions. What several units instantiate from the
+# standard library is linked once, as the first of them has it: those that run on fewer processors come later.
 UNITS: dict[str, tuple[str, ...]] = {
     "probe": (),
     "route_avx2": AVX2,
@@ -60,7 +60,7 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Native:
-    """The loaded library, or why there is none; what `flexpert_features` in probe.cpp finds; the most to use of it."""
+    """The loaded library, or why there is none; what probe.cpp finds in the processor, and the most to use."""
 
     library: ctypes.CDLL | None
     reason: str

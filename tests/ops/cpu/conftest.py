@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,26 @@ import torch
 from flexpert import ops
 from flexpert.ops import select
 from flexpert.ops.cpu import build
+from flexpert.ops.cpu.processor import processor
+
+NEEDED = {
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "amx": {"amx_bf16"},
+}
+
+
+def pytest_generate_tests(metafunc):
+    """`each_cap`: with all that the processor has, up to FLEXPERT_INSTRUCTIONS, and with less of it."""
+    if metafunc.definition.get_closest_marker("each_cap"):
+        caps = build.CAPS[: build.CAPS.index(build.cap()) + 1]
+        metafunc.parametrize("cap", [cap for cap in caps if NEEDED[cap] <= processor()[1]], indirect=True)
+
+
+@pytest.fixture
+def cap(request):
+    """The most that kernels may use; None for what the environment says."""
+    return getattr(request, "param", None)
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +43,14 @@ def found():
 
 
 @pytest.fixture
-def live(found, monkeypatch):
+def live(found, cap, monkeypatch):
     """Every operator the native backend has runs on it."""
     if found.library is None:
         pytest.skip(f"native kernels are off: {found.reason}")
     monkeypatch.setenv("FLEXPERT_NATIVE", "require")  # for child processes
+    if cap:
+        monkeypatch.setenv("FLEXPERT_INSTRUCTIONS", cap)
+        found = replace(found, cap=cap)
     monkeypatch.setattr(build, "_native", found)
     with ops.use_backend("native"):
         yield found

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from flexpert import ops
 from flexpert.core.errors import ConfigError
-from flexpert.ops.cpu import build
+from flexpert.ops.cpu import backend, build, route
 
 ROOT = Path(__file__).parents[3]
 CALL = """
@@ -57,7 +58,7 @@ def script_file(folder, text):
         ("cache", "cannot write to the cache"),
         ("machine", "no native kernels for Linux on aarch64"),
         ("garbage", "cannot load"),
-        ("old processor", "this processor has AVX2"),
+        ("old processor", "the native kernels need AVX2 and FMA, which this processor has not"),
     ],
 )
 def test_failures_leave_the_portable_path(make_case, fresh, monkeypatch, tmp_path, caplog, change, why):
@@ -80,9 +81,9 @@ def test_failures_leave_the_portable_path(make_case, fresh, monkeypatch, tmp_pat
         monkeypatch.setattr(build, "build", lambda: tmp_path / "x.so")
     else:
         monkeypatch.setattr(build, "build", lambda: tmp_path / "x.so")
-        library = type("Library", (), {"flexpert_features": staticmethod(lambda: 8)})()
+        library = type("Library", (), {"flexpert_features": staticmethod(lambda: 0)})()
         monkeypatch.setattr(build.ctypes, "CDLL", lambda path: library)
-        monkeypatch.setattr(type(library), "flexpert_features", type("F", (), {"__call__": lambda self: 8})())
+        monkeypatch.setattr(type(library), "flexpert_features", type("F", (), {"__call__": lambda self: 0})())
     case = make_case(dtype=torch.float32)
     for _ in range(2):
         assert ops.grouped_mlp(*case.args).isfinite().all()
@@ -111,6 +112,68 @@ def test_unknown_mode(fresh, monkeypatch):
         ConfigError, match="FLEXPERT_NATIVE='yes' is unknown; choose one of: auto, off, require"
     ):
         build.native()
+
+
+def test_unknown_instructions(live, monkeypatch):
+    monkeypatch.setenv("FLEXPERT_INSTRUCTIONS", "sse")
+    monkeypatch.setattr(build, "_native", None)
+    with pytest.raises(ConfigError, match="FLEXPERT_INSTRUCTIONS='sse' is unknown; choose one of: avx2, avx"):
+        build.native()
+
+
+@pytest.mark.parametrize(
+    ("found", "fp32", "bf16"),
+    [
+        ({}, "AVX2", "AVX2"),
+        ({"avx512": True}, "AVX-512", "AVX2"),
+        ({"avx512": True, "avx512_bf16": True}, "AVX-512", "AVX512_BF16"),
+        ({"avx512": True, "avx512_bf16": True, "amx": True}, "AVX-512", "AMX"),
+        ({"avx512": True, "avx512_bf16": True, "amx": True, "cap": "avx512"}, "AVX-512", "AVX512_BF16"),
+        ({"avx512": True, "avx512_bf16": True, "amx": True, "cap": "avx2"}, "AVX2", "AVX2"),
+    ],
+)
+def test_instructions_by_what_the_processor_has(found, fp32, bf16):
+    native = build.Native(None, "", avx2=True, **found)
+    assert native.instructions(torch.float32) == fp32
+    assert native.instructions(torch.bfloat16) == bf16
+
+
+@pytest.mark.each_cap
+def test_the_cap_decides_what_is_called_and_told(live, cap, monkeypatch):
+    called = []
+
+    class Library:
+        def __getattr__(self, name):
+            called.append(name)
+            return lambda *call: 0
+
+    monkeypatch.setattr(build, "_native", replace(live, library=Library()))
+    for module in (backend, route):
+        monkeypatch.setattr(module, "_functions", {})
+    unit, count = torch.arange(2), torch.tensor([2])
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(2, 3, dtype=dtype), torch.ones(1, 3, 3, dtype=dtype)
+        backend.grouped_mlp(x, unit, None, count, None, w, None, w, None, "relu", False)
+    route.router_logits(x, x)
+    end = "_avx2" if cap == "avx2" else ""
+    end_bf16 = end if live.avx512_bf16 else "_avx2"
+    assert called == [
+        f"flexpert_mlp_f32{end}",
+        f"flexpert_mlp_bf16{end_bf16}",
+        f"flexpert_router_logits{end}",
+    ]
+    rows = {row["operator"]: row["why"] for row in ops.report() if row["live"]}
+    name = "AVX2" if cap == "avx2" else "AVX-512"
+    for operator in ("grouped_mlp", "route"):
+        assert rows[operator] == f"first backend that accepts torch.float32 on cpu, with {name}"
+
+
+def test_what_units_share_is_linked_from_those_that_run_on_most_processors():
+    """The linker keeps the first of equal functions; one with AVX-512 would kill others."""
+    flags = [set(unit) for unit in build.UNITS.values()]
+    wide = ["-mavx512f" in unit for unit in flags]
+    assert wide == sorted(wide)
+    assert flags[0] == set()
 
 
 def test_compiled_once_by_processes_that_start_together(live, tmp_path):
@@ -189,20 +252,25 @@ def test_the_sanitizers_are_shown_every_instruction_they_cannot_see():
         assert used <= shown, f"{source.name}: cover {used - shown} in sanitize.h"
 
 
-def test_the_sanitizers_see_masked_instructions(live, tmp_path):
+@pytest.mark.parametrize("flags", [build.AVX2, build.AVX512])
+def test_the_sanitizers_see_masked_instructions(live, tmp_path, flags):
+    if flags == build.AVX512 and not live.avx512:
+        pytest.skip("this processor has no AVX-512")
     source, program = tmp_path / "x.cpp", tmp_path / "x"
     source.write_text("""
 #include <cstdlib>
+#include "vector.h"
 int main(int count, char** words) {
   float* four = static_cast<float*>(std::calloc(4, 4));
-  const __mmask16 lanes = (1u << std::atoi(words[2])) - 1;
-  __m512 value = _mm512_setzero_ps();
-  if (words[1][0] == 'l') value = _mm512_maskz_loadu_ps(lanes, four);
-  if (words[1][0] == 's') _mm512_mask_storeu_ps(four, lanes, value);
-  return _mm512_reduce_add_ps(value) != 0;
+  const int lanes = std::atoi(words[2]);
+  Vector value = constant(0.0f);
+  if (words[1][0] == 'l') value = load_row(four, lanes);
+  if (words[1][0] == 's') store_row(four, value, lanes);
+  return reduce_add(value) != 0;
 }
 """)
-    command = [*build.find_compiler(), *build.FLAGS, *build.AVX512, *build.SANITIZERS, source, "-o", program]
+    options = *build.FLAGS, *flags, *build.SANITIZERS, f"-I{build.SOURCES}"
+    command = [*build.find_compiler(), *options, source, "-o", program]
     subprocess.run(command, check=True)
     env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     env.pop("LD_PRELOAD", None)

@@ -44,6 +44,7 @@ def test_names_are_those_of_python():
     assert list(backend.NAMES) == sorted(ACTIVATIONS)
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
@@ -51,6 +52,7 @@ def test_every_activation(make_case, assert_same, activation, gated, dtype):
     check(assert_same, make_case(activation=activation, gated=gated, dtype=dtype, counts=(30, 0, 50, 1)))
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations_hold_far_out_and_near_zero(activation):
     """One hidden unit per value, identity weights: act(x) and act'(x) from -40 to 40 and around zero."""
@@ -66,17 +68,12 @@ def test_activations_hold_far_out_and_near_zero(activation):
     torch.testing.assert_close(slope[:, 0].double(), want_slope, rtol=3e-6, atol=1e-6)
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(make_case, assert_same, poisoned, shape, gated, dtype):
     check(assert_same, make_case(**SHAPES[shape], gated=gated, dtype=dtype))
-
-
-def test_bf16_without_amx(make_case, assert_same, live, monkeypatch):
-    monkeypatch.setattr(backend, "native", lambda: replace(live, amx=False))
-    for gated in (False, True):
-        check(assert_same, make_case(counts=(30, 0, 50, 1), gated=gated, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_autocast(preferred):
         assert_close(got[key], value, 3e-2, scale=1e-4, name=key)
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck(live, make_case, gated, dtype):

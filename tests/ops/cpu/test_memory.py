@@ -36,6 +36,7 @@ def assert_same_bits(got, want):
         assert torch.equal(mine, true)
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_between_pages_that_may_not_be_touched(dtype):
     """In a process of its own, which a wrong address kills."""
@@ -48,6 +49,7 @@ def test_between_pages_that_may_not_be_touched(dtype):
     assert done.stdout == "140 calls\n"
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 def test_buffers_begin_as_nan(make_case, poisoned, gated, dtype):
@@ -63,6 +65,7 @@ def test_buffers_begin_as_nan(make_case, poisoned, gated, dtype):
     assert all(result.isfinite().all() for result in gradients(case))
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 def test_what_takes_no_part_is_not_read(make_case, gated, dtype):
@@ -84,6 +87,7 @@ def test_what_takes_no_part_is_not_read(make_case, gated, dtype):
     assert_same_bits(got, want)
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides_and_addresses(make_case, dtype):
     case = make_case(tokens=40, model_dim=33, counts=(30, 50), gated=True, dtype=dtype)

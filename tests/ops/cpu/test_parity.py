@@ -85,6 +85,7 @@ def test_options(make_case, activation, slots, gated, dtype):
         check(case)
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("which", ["model_dim", "hidden_dim", "output_dim", "tokens", "all"])
@@ -95,6 +96,7 @@ def test_corners(make_case, which, size, dtype):
         check(make_case(**shape, counts=counts, gated=gated, dtype=dtype))
 
 
+@pytest.mark.each_cap
 @settings(max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.sampled_from(SIZES),
@@ -114,6 +116,7 @@ def test_any_call(make_case, counts, slots, **options):
     check(make_case(counts=counts, slots=slots and tuple(slots[: len(counts)]), **options))
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_set_of_gradients(make_case, gated, dtype):
@@ -131,6 +134,7 @@ def test_every_set_of_gradients(make_case, gated, dtype):
         assert max(worst.values(), default=0) <= 1, (needs, worst)
 
 
+@pytest.mark.each_cap
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("counts", [(33,), (9, 0, 35, 1), (0, 300, 0), (64, 64, 64, 64), (700, 31, 0, 900)])
 def test_same_bits_for_any_number_of_threads(make_case, threads, counts, dtype):

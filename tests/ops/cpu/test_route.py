@@ -14,7 +14,7 @@ from flexpert.ops import portable, portable_route, reference
 from flexpert.ops.cpu import route as native_route
 from flexpert.routers import LinearRouter
 
-pytestmark = pytest.mark.usefixtures("live", "poisoned")
+pytestmark = [pytest.mark.usefixtures("live", "poisoned"), pytest.mark.each_cap]
 
 SCORINGS = sorted(ops.SCORINGS)
 ANY_SHAPE = settings(

@@ -8,7 +8,7 @@ import torch
 from flexpert.ops import portable_mlp, waves
 from flexpert.ops.cpu import backend
 
-pytestmark = pytest.mark.usefixtures("live", "poisoned")
+pytestmark = [pytest.mark.usefixtures("live", "poisoned"), pytest.mark.each_cap]
 MODULES = {"native": backend, "portable": portable_mlp}
 
 
