@@ -60,7 +60,7 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Native:
-    """The loaded library, or why there is none; what probe.cpp finds in the processor, and the most to use."""
+    """The loaded library, or why there is none; what probe.cpp finds in the processor; the most to use."""
 
     library: ctypes.CDLL | None
     reason: str
