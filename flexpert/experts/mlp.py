@@ -31,7 +31,8 @@ class MLPExperts(ExpertBank):
         bias: False, True, "b1" or "b2".
         init_std: standard deviation of truncated-normal initial weights; None for uniform ones in
             1 / sqrt(fan_in), as `nn.Linear`. Biases start at 0.
-        recompute: keep nothing of the hidden layer for backward, which then computes it again.
+        recompute: keep nothing of the hidden layer for backward, which then computes it again. `fused`
+            gives the same bits with it; `forward`, which then uses the fused operator, rounds differently.
     """
 
     gated = False

@@ -147,9 +147,7 @@ def _(
 
 
 @_fake("grouped_mlp_pre")
-def _(
-    x: Tensor, unit: Tensor, counts: Tensor, slot: Tensor | None, w1: Tensor, b1: Tensor | None
-) -> Tensor:
+def _(x: Tensor, unit: Tensor, counts: Tensor, slot: Tensor | None, w1: Tensor, b1: Tensor | None) -> Tensor:
     return x.new_empty(unit.shape[0] + slack(x.dtype), w1.shape[1:-1].numel())
 
 
@@ -181,7 +179,7 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup: Callable[
 
 
 def _refuse_twice(name: str, *twins: str) -> None:
-    """Refuse a derivative of what the backward of an operator calls: its twin `<name>_backward` and others."""
+    """Refuse a derivative of what an operator's backward calls: `<name>_backward` and other twins."""
 
     def refuse(ctx: Any, *grads: Tensor) -> Any:
         raise FlexpertError(
