@@ -177,9 +177,9 @@ def grouped_mlp_pre(
 ) -> Tensor:
     """The pre-activation that `grouped_mlp` saves, of the same bits."""
     no_outputs = w1.new_empty(len(w1), 0, w1.shape[-2])  # whose second product is skipped
-    return grouped_mlp(x_TD, unit_N, None, counts_E, slot_E, w1, b1, no_outputs, None, "identity", save=True)[
-        1
-    ]
+    args = x_TD, unit_N, None, counts_E, slot_E, w1, b1, no_outputs, None, "identity"
+    _, pre = grouped_mlp(*args, save=True)
+    return pre
 
 
 def grouped_mlp_backward(
