@@ -149,6 +149,7 @@ def grouped_mlp(
     b2: Tensor | None,
     activation: str,
     save: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(y_TO, pre): pre is the pre-activation (N + slack, F or 2F) for backward, empty without `save`."""
     _check_inputs(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2)
@@ -169,6 +170,16 @@ def grouped_mlp(
     )
     _run(_function("mlp", dtype), call)
     return y_TO, pre
+
+
+def grouped_mlp_pre(
+    x_TD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None, w1: Tensor, b1: Tensor | None
+) -> Tensor:
+    """The pre-activation that `grouped_mlp` saves, of the same bits."""
+    no_outputs = w1.new_empty(len(w1), 0, w1.shape[-2])  # whose second product is skipped
+    args = x_TD, unit_N, None, counts_E, slot_E, w1, b1, no_outputs, None, "identity"
+    _, pre = grouped_mlp(*args, save=True)
+    return pre
 
 
 def grouped_mlp_backward(
@@ -211,4 +222,9 @@ def grouped_mlp_backward(
     return tuple(grads)  # type: ignore[return-value]
 
 
-KERNELS = {"grouped_mlp": grouped_mlp, "grouped_mlp_backward": grouped_mlp_backward, **route.KERNELS}
+KERNELS = {
+    "grouped_mlp": grouped_mlp,
+    "grouped_mlp_backward": grouped_mlp_backward,
+    "grouped_mlp_pre": grouped_mlp_pre,
+    **route.KERNELS,
+}
