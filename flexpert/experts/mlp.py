@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flexpert import ops
-from flexpert.core.config import check_bias, require_int, require_number
+from flexpert.core.config import check_bias, require_bool, require_int, require_number
 from flexpert.core.registry import EXPERTS
 from flexpert.core.routing import Routing
 from flexpert.core.seeding import draw_base, draw_trunc_normal, draw_uniform, fill_per_expert
@@ -31,6 +31,8 @@ class MLPExperts(ExpertBank):
         bias: False, True, "b1" or "b2".
         init_std: standard deviation of truncated-normal initial weights; None for uniform ones in
             1 / sqrt(fan_in), as `nn.Linear`. Biases start at 0.
+        recompute: keep nothing of the hidden layer for backward, which then computes it again. `fused`
+            gives the same bits with it; `forward`, which then uses the fused operator, rounds differently.
     """
 
     gated = False
@@ -47,6 +49,7 @@ class MLPExperts(ExpertBank):
         activation: str = "gelu",
         bias: bool | str = False,
         init_std: float | None = None,
+        recompute: bool = False,
     ) -> None:
         output_dim = model_dim if output_dim is None else output_dim
         super().__init__(num_experts=num_experts, model_dim=model_dim, output_dim=output_dim)
@@ -55,7 +58,9 @@ class MLPExperts(ExpertBank):
         check_bias("bias", bias)
         if init_std is not None:
             require_number("init_std", init_std, above=0)
+        require_bool("recompute", recompute)
         self.hidden_dim, self.activation, self.init_std = hidden_dim, activation, init_std
+        self.recompute = recompute
         hidden = (2, hidden_dim) if self.gated else (hidden_dim,)
         self.w1 = nn.Parameter(torch.empty(num_experts, *hidden, model_dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, self.output_dim, hidden_dim))
@@ -79,6 +84,9 @@ class MLPExperts(ExpertBank):
     def forward(self, batch: ExpertBatch) -> Tensor:
         """Results (N, O) of the rows; see `ExpertBank.forward`."""
         rows_ND = batch.rows_ND.to(autocast_dtype(batch.rows_ND))
+        if self.recompute:  # of the operators here, the fused one alone can
+            every_N = torch.arange(len(rows_ND), device=rows_ND.device)
+            return self._fused(rows_ND, every_N, None, batch.counts_E, batch.slot_E)
         w1, b1, w2, b2 = self.weights_in(rows_ND.dtype)
         act = get_activation(self.activation).forward
         hidden = ops.grouped_linear(
@@ -94,11 +102,16 @@ class MLPExperts(ExpertBank):
     def fused(self, x_TD: Tensor, routing: Routing, slot_E: Tensor | None = None) -> Tensor:
         """Gather, experts and weighted sum in one operator; see `ExpertBank.fused`."""
         x = x_TD.to(autocast_dtype(x_TD))
-        w1, b1, w2, b2 = self.weights_in(x.dtype)
-        y = ops.grouped_mlp(
-            x, routing.unit_N, routing.weight_N, routing.counts_E, slot_E, w1, b1, w2, b2, self.activation
+        return self._fused(x, routing.unit_N, routing.weight_N, routing.counts_E, slot_E).to(x_TD.dtype)
+
+    def _fused(
+        self, x_TD: Tensor, unit_N: Tensor, weight_N: Tensor | None, counts_E: Tensor, slot_E: Tensor | None
+    ) -> Tensor:
+        """`ops.grouped_mlp` with the bank's weights, in x's dtype."""
+        w1, b1, w2, b2 = self.weights_in(x_TD.dtype)
+        return ops.grouped_mlp(
+            x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, self.activation, self.recompute
         )
-        return y.to(x_TD.dtype)
 
     def flops_of_experts(self) -> list[int]:
         """2 per weight."""

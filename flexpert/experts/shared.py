@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flexpert.core.config import require_int
 from flexpert.ops.activations import get_activation
 
-from .bank import autocast_dtype
+from .bank import ExpertBatch, autocast_dtype
 from .mlp import GLUExperts, MLPExperts
 
 
@@ -39,19 +39,27 @@ class SharedExpert(nn.Module):
         """(T, O) in x's dtype."""
         expert = self.expert
         x = x_TD.to(autocast_dtype(x_TD))
-        w1, b1, w2, b2 = expert.weights_in(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            hidden = F.linear(x, w1[0].flatten(0, -2), None if b1 is None else b1[0].flatten())
-            act = get_activation(expert.activation).forward
-            if expert.gated:
-                gate_TF, up_TF = hidden.chunk(2, dim=-1)
-                hidden = act(gate_TF) * up_TF
+            if expert.recompute:
+                all_E = torch.full((1,), len(x), device=x.device)
+                y_TO = expert(ExpertBatch(rows_ND=x, counts_E=all_E, unit_N=None))
             else:
-                hidden = act(hidden)
-            y_TO = F.linear(hidden, w2[0], None if b2 is None else b2[0])
+                y_TO = self._dense(x)
             if self.gate is not None:
                 y_TO = y_TO * F.linear(x, self.gate.weight.to(x.dtype)).sigmoid()
         return y_TO.to(x_TD.dtype)
+
+    def _dense(self, x_TD: Tensor) -> Tensor:
+        expert = self.expert
+        w1, b1, w2, b2 = expert.weights_in(x_TD.dtype)
+        hidden = F.linear(x_TD, w1[0].flatten(0, -2), None if b1 is None else b1[0].flatten())
+        act = get_activation(expert.activation).forward
+        if expert.gated:
+            gate_TF, up_TF = hidden.chunk(2, dim=-1)
+            hidden = act(gate_TF) * up_TF
+        else:
+            hidden = act(hidden)
+        return F.linear(hidden, w2[0], None if b2 is None else b2[0])
 
     def flops_per_token(self) -> int:
         """2 per weight."""

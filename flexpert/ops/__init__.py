@@ -164,6 +164,7 @@ def grouped_mlp(
     w2: Tensor,
     b2: Tensor | None,
     activation: str,
+    recompute: bool = False,
 ) -> Tensor:
     """Gather, expert MLP and weighted scatter in one operator: y_TO in x's dtype.
 
@@ -178,14 +179,18 @@ def grouped_mlp(
         w2: (S, O, F).
         b2: (S, O), added before weighting; or None.
         activation: a name in `ACTIVATIONS`.
+        recompute: keep the arguments alone for backward, which then computes the hidden layer's
+            pre-activation, (N, F) or (N, 2 F), again. The results have the same bits.
 
     Raises:
         ConfigError: the activation is unknown.
     """
     if (whole := override()) is not None:
         return whole.grouped_mlp(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation)
-    save = torch.is_grad_enabled() and any(
+    differentiates = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x_TD, weight_N, w1, b1, w2, b2)
     )
-    y_TO, _ = _call(_grouped_mlp, x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation, save)
+    modes = differentiates and not recompute, differentiates and recompute
+    args = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation, *modes
+    y_TO, _ = _call(_grouped_mlp, *args)
     return y_TO

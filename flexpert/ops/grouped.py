@@ -150,6 +150,21 @@ def grouped_linear_backward(
     return d_rows, d_w, d_b
 
 
+def grouped_mlp_pre(
+    x_TD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None, w1: Tensor, b1: Tensor | None
+) -> Tensor:
+    """The pre-activation that `grouped_mlp` saves, of the same bits."""
+    pre = _pre(x_TD, unit_N, counts_E, slot_E, w1, b1)
+    return F.pad(pre, (0, 0, 0, slack(pre.dtype)))
+
+
+def _pre(
+    x_TD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None, w1: Tensor, b1: Tensor | None
+) -> Tensor:
+    rows_ND = gather_rows(x_TD, unit_N, counts_E)
+    return grouped_linear(rows_ND, w1.flatten(1, -2), None if b1 is None else b1.flatten(1), counts_E, slot_E)
+
+
 def grouped_mlp(
     x_TD: Tensor,
     unit_N: Tensor,
@@ -162,16 +177,16 @@ def grouped_mlp(
     b2: Tensor | None,
     activation: str,
     save: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(y_TO, pre): pre is the pre-activation, (N + slack, F or 2F), empty without `save`."""
     act, gated = get_activation(activation), w1.dim() == 4
-    w1, b1 = w1.flatten(1, -2), None if b1 is None else b1.flatten(1)
-    pre = grouped_linear(gather_rows(x_TD, unit_N, counts_E), w1, b1, counts_E, slot_E)
+    pre = _pre(x_TD, unit_N, counts_E, slot_E, w1, b1)
     rows_NO = grouped_linear(hidden_forward(act, pre, gated), w2, b2, counts_E, slot_E)
     live = _live_rows(counts_E, slot_E, len(unit_N))
     weight_N = None if weight_N is None else _only(live[:, 0], weight_N)
     y_TO = scatter_combine(rows_NO, unit_N, weight_N, counts_E, len(x_TD), x_TD.dtype)
-    return y_TO, F.pad(pre, (0, 0, 0, slack(pre.dtype))) if save else pre.new_empty(0, w1.shape[1])
+    return y_TO, F.pad(pre, (0, 0, 0, slack(pre.dtype))) if save else pre.new_empty(0, pre.shape[1])
 
 
 def grouped_mlp_backward(
@@ -228,4 +243,5 @@ KERNELS = {
     "scatter_combine_backward": scatter_combine_backward,
     "grouped_mlp": grouped_mlp,
     "grouped_mlp_backward": grouped_mlp_backward,
+    "grouped_mlp_pre": grouped_mlp_pre,
 }

@@ -36,7 +36,10 @@ _SCHEMAS = {
     ),
     "grouped_mlp": (
         "(Tensor x, Tensor unit, Tensor? weight, Tensor counts, Tensor? slot, Tensor w1, Tensor? b1,"
-        " Tensor w2, Tensor? b2, str activation, bool save) -> (Tensor, Tensor)"
+        " Tensor w2, Tensor? b2, str activation, bool save, bool recompute=False) -> (Tensor, Tensor)"
+    ),
+    "grouped_mlp_pre": (
+        "(Tensor x, Tensor unit, Tensor counts, Tensor? slot, Tensor w1, Tensor? b1) -> Tensor"
     ),
     "grouped_mlp_backward": (
         "(Tensor grad, Tensor pre, Tensor x, Tensor unit, Tensor? weight, Tensor counts, Tensor? slot,"
@@ -137,9 +140,15 @@ def _(
     b2: Tensor | None,
     activation: str,
     save: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     rows, inner = unit.shape[0] + slack(x.dtype) if save else 0, w1.shape[1:-1].numel()
     return x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(rows, inner)
+
+
+@_fake("grouped_mlp_pre")
+def _(x: Tensor, unit: Tensor, counts: Tensor, slot: Tensor | None, w1: Tensor, b1: Tensor | None) -> Tensor:
+    return x.new_empty(unit.shape[0] + slack(x.dtype), w1.shape[1:-1].numel())
 
 
 @_fake("grouped_mlp_backward")
@@ -169,18 +178,22 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup: Callable[
     torch.library.register_autograd(f"flexpert::{name}", backward, setup_context=setup, lib=LIBRARY)
 
 
-def _refuse_twice(name: str) -> None:
+def _refuse_twice(name: str, *twins: str) -> None:
+    """Refuse a derivative of what an operator's backward calls: `<name>_backward` and other twins."""
+
     def refuse(ctx: Any, *grads: Tensor) -> Any:
         raise FlexpertError(
             f"flexpert::{name} cannot be differentiated twice; for second derivatives run the model inside"
             " flexpert.ops.use_backend('reference')"
         )
 
-    _register_autograd(f"{name}_backward", refuse, lambda ctx, inputs, output: None)
+    for twin in (f"{name}_backward", *twins):
+        _register_autograd(twin, refuse, lambda ctx, inputs, output: None)
 
 
-for _name in ("gather_rows", "grouped_linear", "scatter_combine", "grouped_mlp"):
+for _name in ("gather_rows", "grouped_linear", "scatter_combine"):
     _refuse_twice(_name)
+_refuse_twice("grouped_mlp", "grouped_mlp_pre")
 
 
 def _given(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
@@ -221,23 +234,31 @@ def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _setup_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, unit, weight, counts, slot, w1, _, w2, b2, activation, save = inputs
-    if not save:
-        raise FlexpertError("flexpert::grouped_mlp needs save=True where a gradient is wanted")
+    x, unit, weight, counts, slot, w1, b1, w2, b2, activation, save, recompute = inputs
+    if not save and not recompute:
+        raise FlexpertError(
+            "flexpert::grouped_mlp needs save=True or recompute=True where a gradient is wanted"
+        )
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], x, unit, weight, counts, slot, w1, w2, b2)
+    kept = (output[1], None) if save else (None, b1)  # the pre-activation, or what it is computed from
+    ctx.save_for_backward(*kept, x, unit, weight, counts, slot, w1, w2, b2)
     ctx.activation = activation
 
 
 def _backward_mlp(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
+    pre, b1, x, unit, weight, counts, slot, w1, w2, b2 = ctx.saved_tensors
     need = ctx.needs_input_grad
     needs = [need[0], need[2], need[5], need[6], need[7], need[8]]
-    gradients = OPERATORS.grouped_mlp_backward(grad, *ctx.saved_tensors, ctx.activation, needs)
+    if pre is None:
+        pre = OPERATORS.grouped_mlp_pre(x, unit, counts, slot, w1, b1)
+    gradients = OPERATORS.grouped_mlp_backward(
+        grad, pre, x, unit, weight, counts, slot, w1, w2, b2, ctx.activation, needs
+    )
     d_x, d_weight, d_w1, d_b1, d_w2, d_b2 = _given(gradients, needs)
-    return d_x, None, d_weight, None, None, d_w1, d_b1, d_w2, d_b2, None, None
+    return d_x, None, d_weight, None, None, d_w1, d_b1, d_w2, d_b2, None, None, None
 
 
 _register_autograd("gather_rows", _backward_gather, _setup_gather)

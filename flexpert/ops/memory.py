@@ -1,9 +1,10 @@
 """Large buffers whose pages are used again: writing a fresh page costs more than the product that fills it.
 
-The system hands out fresh memory at a few GB/s, less than a kernel writes, and the C library gives large blocks
-back at once. So such buffers are mapped here, in huge pages, and a block whose tensor is gone waits for the next
-one of its size: the gradients of one step lie where those of the step before did. No more wait than were ever
-in use, and waiting blocks are marked free for the system, which takes them when memory is short.
+The system hands out fresh memory at a few GB/s, less than a kernel writes, and the C library gives large
+blocks back at once. So such buffers are mapped here, in huge pages, and a block whose tensor is gone
+waits for the next one of its size: the gradients of one step lie where those of the step before did. No
+more wait than were ever in use, and waiting blocks are marked free for the system, which takes them when
+memory is short.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _enabled = sys.platform.startswith("linux")
 
 
 class _Blocks:
-    """Those that wait, oldest first. Blocks come back whenever a tensor dies, so nothing here takes a lock."""
+    """Those that wait, oldest first. They come back whenever a tensor dies, so nothing here takes a lock."""
 
     def __init__(self) -> None:
         self.waiting: list[mmap.mmap] = []

@@ -80,15 +80,24 @@ _reference: ModuleType | None = None
 
 
 def _choose(facts: CallFacts) -> tuple[Backend | None, dict[str, str]]:
-    """The backend for such calls and, for every other one, why it does not run them."""
+    """The backend for such calls; and for every one, why it runs them or does not."""
     chosen: Backend | None = None
     why: dict[str, str] = {}
-    for backend in BACKENDS if _forced is None else [_forced]:
-        reason = backend.verify(facts) if facts.operator in backend.kernels else "has no such kernel"
-        if reason is None and chosen is None:
-            chosen = backend
+    forced = _forced if _forced is not None and facts.operator in _forced.kernels else None
+    for backend in BACKENDS:
+        if facts.operator not in backend.kernels:
+            why[backend.name] = "has no such kernel"
+        elif forced is not None and backend is not forced:
+            why[backend.name] = f"use_backend names {forced.name}"
+        elif (reason := backend.verify(facts)) is not None:
+            why[backend.name] = reason
+        elif chosen is not None:
+            why[backend.name] = f"{chosen.name} comes first"
         else:
-            why[backend.name] = reason or f"{chosen.name} comes first"  # type: ignore[union-attr]
+            chosen = backend
+            first = f"first backend that accepts {facts.dtype} on {facts.device}"
+            uses = f", with {backend.instructions(facts)}" if backend.instructions else ""
+            why[backend.name] = (first if forced is None else "use_backend names it") + uses
     return chosen, why
 
 
@@ -117,13 +126,8 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict
         )
         chosen, why = _choose(facts)
         for backend in BACKENDS:
-            live = backend is chosen
-            reason = f"first backend that accepts {facts.dtype} on {device}"
-            if not live:
-                reason = why.get(backend.name, "use_backend names another")
-            elif backend.instructions:
-                reason += f", with {backend.instructions(facts)}"
-            rows.append({"operator": operator, "backend": backend.name, "live": live, "why": reason})
+            row = {"operator": operator, "backend": backend.name, "live": backend is chosen}
+            rows.append({**row, "why": why[backend.name]})
     return rows
 
 
@@ -134,7 +138,10 @@ def override() -> ModuleType | None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operator by the named backend (or "reference", the naive loops) inside the `with`.
+    """Run every operator that the named backend has a kernel for by it, the others as usual, in the `with`.
+
+    A call that the backend has a kernel for but cannot run is refused, with its reason. "reference" runs all
+    operators by the naive loops.
 
     Raises:
         ConfigError: no backend of that name; the message lists those there are.

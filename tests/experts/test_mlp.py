@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from flexpert import ConfigError, MoE, MoEConfig
 from flexpert.core.routing import Routing
@@ -121,6 +122,46 @@ def test_slots_and_fused(kind, slots, spare):
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("expert", ["mlp", "glu"])
+def test_a_layer_that_recomputes_has_the_same_bits(expert, dtype, autocast):
+    def run(**options):
+        torch.manual_seed(0)
+        spec = {"name": expert, **options}
+        config = {"model_dim": 16, "hidden_dim": 24, "num_experts": 3, "top_k": 2, "expert_bias": True}
+        layer, x, saved = MoE(MoEConfig(expert=spec, **config)).to(dtype), torch.randn(20, 16).to(dtype), []
+        with (
+            saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t),
+            torch.autocast("cpu", autocast, enabled=autocast is not None),
+        ):
+            y = layer(x)
+        wide = [shape for shape in saved if len(shape) == 2 and shape[0] >= 40]  # rows, not parameters
+        return [y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))], wide
+
+    (want, kept), (got, nothing) = run(), run(recompute=True)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert len(kept) == 1
+    assert kept[0][1] == (48 if expert == "glu" else 24)
+    assert nothing == []
+
+
+@pytest.mark.parametrize("kind", [MLPExperts, GLUExperts])
+@pytest.mark.parametrize("slots", [None, [2, -1, 0, 1]])
+def test_rows_of_a_bank_that_recomputes(kind, slots):
+    bank, again = (make_bank(kind, bias=True, output_dim=3, recompute=flag) for flag in (False, True))
+    inputs = batch(spare=2, slot_E=None if slots is None else torch.tensor(slots))
+    saved, results = [], []
+    with saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        y = again(inputs)
+    assert not any(len(shape) == 2 and shape[0] >= len(y) and shape[1] >= F for shape in saved)
+    for one, rows in ((bank, bank(inputs)), (again, y)):
+        leaves = [inputs.rows_ND, *one.parameters()]
+        results.append([rows, *torch.autograd.grad(rows.square().sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
+
+
 def test_names_and_shapes():
     shapes = {name: tuple(p.shape) for name, p in make_bank(bias=True, output_dim=3).named_parameters()}
     assert shapes == {"w1": (4, F, D), "w2": (4, 3, F), "b1": (4, F), "b2": (4, 3)}
@@ -225,6 +266,7 @@ def test_counts_of_parameters_and_operations():
         ({"bias": "b3"}, "bias='b3': expected False, True, 'b1' or 'b2'"),
         ({"init_std": 0}, "init_std=0: expected a finite number > 0"),
         ({"init_std": float("nan")}, "init_std=nan: expected a finite number > 0"),
+        ({"recompute": 1}, "recompute=1: expected True or False"),
         ({"activation": "gleu"}, "activation='gleu' is unknown; choose one of: .*gelu"),
     ],
 )

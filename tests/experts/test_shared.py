@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from flexpert import ConfigError, MoE, MoEConfig, RoutingContext
 from flexpert.experts import ExpertBatch, GLUExperts, MLPExperts, SharedExpert
@@ -43,6 +44,22 @@ def test_gate_weighs_each_token():
     assert not torch.allclose(y, half)
     shared.gate = None
     assert_close(half, shared(x) / 2)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_recomputes(gated):
+    options = {"count": 2, "gated": gated, "gate": True, "model_dim": D, "hidden_dim": F, "bias": True}
+    shared, again = (SharedExpert(**options, recompute=flag).double() for flag in (False, True))
+    again.load_state_dict(shared.state_dict())
+    x = torch.randn(50, D, dtype=torch.float64, requires_grad=True)
+    saved, results = [], []
+    with saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        y = again(x)
+    assert not any(len(shape) == 2 and shape[0] >= 50 and shape[1] >= F for shape in saved)
+    for one, y_TO in ((shared, shared(x)), (again, y)):
+        results.append([y_TO, *torch.autograd.grad(y_TO.square().sum(), [x, *one.parameters()])])
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
 
 
 def test_is_added_for_every_token_also_dropped_and_padding_ones():

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from flexpert import ops
 
 # Half dtypes: the longest chain (pre-activation, hidden, its gradient, its pre-activation's gradient, ...)
 # rounds six times by at most eps / 2 each. The others: sums of up to 10^2 terms, with room for cancellation.
@@ -153,5 +156,31 @@ def assert_same() -> Callable[..., None]:
             assert mine is not None, f"no gradient for {name}"
             assert mine.dtype == got_leaves[name].dtype, name
             assert relative_error(mine, true) <= tolerance, f"gradient of {name}"
+
+    return check
+
+
+@pytest.fixture
+def assert_recomputes() -> Callable[..., None]:
+    """assert_recomputes(case, call): with `recompute` all bits are the same, and only arguments are kept.
+
+    `call` takes arguments and `recompute` of `ops.grouped_mlp`, which it is by default.
+    """
+
+    def check(case: Case, call: Callable[..., Tensor] = ops.grouped_mlp) -> None:
+        given = {value.data_ptr() for value in vars(case).values() if torch.is_tensor(value)}
+        results, kept = [], []
+        for recompute in (False, True):
+            saved: list[Tensor] = []
+            with saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+                y = call(*case.args, recompute=recompute)
+            kept.append(sum(t.numel() for t in saved if t.data_ptr() not in given))
+            dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            leaves = [leaf for leaf in case.leaves.values() if leaf.requires_grad]
+            results.append([y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+        rows = len(case.unit_N) + ops.products.slack(case.x_TD.dtype)
+        assert kept == [rows * case.w1[0, ..., 0].numel(), 0]
+        for name, one, other in zip(["y", *case.leaves], *results, strict=False):
+            assert torch.equal(one, other), name
 
     return check

@@ -68,3 +68,47 @@ def test_unknown_backend_lists_the_options():
 def test_integer_input_is_refused_by_name():
     with pytest.raises(InputError, match="gather_rows on cpu in torch.int64"):
         ops.gather_rows(torch.ones(2, 2, dtype=torch.int64), torch.tensor([0]), torch.tensor([1]))
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """A backend with a kernel for one operator, which refuses fp64; it is not the first one."""
+    kernels = {"gather_rows": lambda x, unit, counts: torch.full((len(unit), x.shape[1]), 7.0)}
+    backend = select.Backend(
+        name="half", kernels=kernels, verify=lambda facts: "no fp64" if facts.dtype == torch.float64 else None
+    )
+    monkeypatch.setattr(select, "BACKENDS", [*select.BACKENDS, backend])
+    return backend
+
+
+def test_a_named_backend_runs_its_kernels_and_others_the_rest(half):
+    x, unit, counts = torch.ones(2, 2), torch.tensor([0]), torch.tensor([1])
+    with ops.use_backend("half"):
+        assert torch.equal(ops.gather_rows(x, unit, counts), torch.full((1, 2), 7.0))
+        assert torch.equal(ops.scatter_combine(x[:1], unit, None, counts, 1, x.dtype), x[:1])
+        order, _ = ops.assign(torch.tensor([1, 0]), 2)
+        assert order.tolist() == [1, 0]
+    assert torch.equal(ops.gather_rows(x, unit, counts), x[:1])
+
+
+def test_a_named_backend_refuses_with_its_reason(half):
+    x = torch.ones(2, 2, dtype=torch.float64)
+    with (
+        ops.use_backend("half"),
+        pytest.raises(InputError, match="gather_rows .*portable: use_backend names half.*half: no fp64"),
+    ):
+        ops.gather_rows(x, torch.tensor([0]), torch.tensor([1]))
+
+
+def test_report_inside_use_backend(half):
+    usual = {(row["operator"], row["backend"]): row for row in ops.report()}
+    with ops.use_backend("half"):
+        rows = ops.report()
+    for row in rows:
+        if row["operator"] != "gather_rows":
+            assert row == usual[row["operator"], row["backend"]]
+    mine = {row["backend"]: row for row in rows if row["operator"] == "gather_rows"}
+    assert mine["half"]["live"]
+    assert mine["half"]["why"] == "use_backend names it"
+    assert mine["portable"]["why"] == "use_backend names half"
+    assert [row["backend"] for row in mine.values() if row["live"]] == ["half"]

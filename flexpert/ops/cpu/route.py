@@ -77,7 +77,7 @@ def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None) -> tuple[Ten
         capacity = capacity_B.data_ptr()
     order_N, counts_B = torch.empty_like(key_N), key_N.new_empty(num_bins)
     addresses = key_N.data_ptr(), capacity, order_N.data_ptr(), counts_B.data_ptr()
-    _run("assign", _ASSIGN.pack(len(key_N), num_bins, num_threads(), *addresses))
+    _run("assign", _ASSIGN.pack(key_N.shape[0], num_bins, num_threads(), *addresses))
     return order_N, counts_B
 
 

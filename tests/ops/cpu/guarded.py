@@ -67,15 +67,18 @@ class FencedOutputs(TorchDispatchMode):
 
 
 def run(case, dy, needs=(True,) * 6):
-    """All that the two kernels return, and y of a call that saves nothing for backward."""
+    """All that the kernels return, and y of a call that saves nothing for backward."""
     dtype = case.x_TD.dtype
-    forward = select.kernel("grouped_mlp", "cpu", dtype)
-    backward = select.kernel("grouped_mlp_backward", "cpu", dtype)
+    forward, backward, again = (
+        select.kernel(name, "cpu", dtype)
+        for name in ("grouped_mlp", "grouped_mlp_backward", "grouped_mlp_pre")
+    )
     with torch.no_grad():
         alone, _ = forward(*case.args, False)
         y, pre = forward(*case.args, True)
         grads = backward(dy, pre, *case.args[:6], case.w2, case.b2, case.activation, list(needs))
-    return [alone, y, pre, *grads]
+        pre_again = again(case.x_TD, case.unit_N, case.counts_E, case.slot_E, case.w1, case.b1)
+    return [alone, y, pre, pre_again, *grads]
 
 
 def check(case, at_end):

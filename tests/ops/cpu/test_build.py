@@ -165,7 +165,7 @@ def test_the_cap_decides_what_is_called_and_told(live, cap, monkeypatch):
     rows = {row["operator"]: row["why"] for row in ops.report() if row["live"]}
     name = "AVX2" if cap == "avx2" else "AVX-512"
     for operator in ("grouped_mlp", "route"):
-        assert rows[operator] == f"first backend that accepts torch.float32 on cpu, with {name}"
+        assert rows[operator] == f"use_backend names it, with {name}"
 
 
 def test_what_units_share_is_linked_from_those_that_run_on_most_processors():

@@ -95,6 +95,14 @@ def test_bad_arguments_are_named(make_case, change, error):
         ops.grouped_mlp(*case.args)
 
 
+def test_operators_without_a_native_kernel_run(make_case):
+    case = make_case(dtype=torch.float32)
+    rows = ops.gather_rows(case.x_TD, case.unit_N, case.counts_E)
+    assert torch.equal(rows, case.x_TD[case.unit_N])
+    with pytest.raises(InputError, match="native: has no kernels for torch.float64"):
+        ops.grouped_mlp(*case.double().args)
+
+
 def test_unknown_activation(make_case):
     with pytest.raises(ConfigError, match="'swish' is unknown"):
         ops.grouped_mlp(*make_case(dtype=torch.float32, activation="swish").args)

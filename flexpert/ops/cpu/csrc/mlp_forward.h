@@ -1,4 +1,4 @@
-// y[unit] += weight * (w2 act(w1 x[unit] + b1) + b2), by waves of experts.
+// y[unit] += weight * (w2 act(w1 x[unit] + b1) + b2), by waves of experts; without outputs the hidden layer alone.
 #pragma once
 #include "mlp_common.h"
 #include "stream.h"
@@ -79,7 +79,8 @@ class Forward {
 #pragma omp for schedule(dynamic)
       for (index i = 0; i < (index)plan.alone.size(); ++i)
         compute(plan.alone[i], {false, panel + panel_size(), plan.most_alone, panel}, multiply);
-      combine(plan, pointer<Element>(c.y_rows), pointer<float>(c.weight), pointer<Element>(c.y), c.units, c.output);
+      if (c.output)
+        combine(plan, pointer<Element>(c.y_rows), pointer<float>(c.weight), pointer<Element>(c.y), c.units, c.output);
     });
   }
 
@@ -106,7 +107,7 @@ class Forward {
                 pointer<index>(c.unit) + wave.rows[b].start, wave.rows[b].count);
     });
     first_product(wave, desk, packed_x, packed_hidden, multiply);
-    second_product(wave, desk, packed_hidden, multiply);
+    if (c.output) second_product(wave, desk, packed_hidden, multiply);
   }
 
   const Element* second_weights(const Segment& segment) const {
