@@ -76,6 +76,21 @@ def test_shapes(make_case, assert_same, poisoned, shape, gated, dtype):
     check(assert_same, make_case(**SHAPES[shape], gated=gated, dtype=dtype))
 
 
+@pytest.mark.each_cap
+@pytest.mark.parametrize("factor", [1.0, 1.3, 1.5])
+def test_bf16_is_rounded_as_pytorch_rounds(factor):
+    """To the nearest, ties to the even one (half of the products with 1.5); a NaN stays one."""
+    far = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.3e38, -3.3e38, 2e38, 1e-30, 0.0])
+    x = torch.cat([torch.randn(999), far]).bfloat16()[:, None]
+    w, counts = torch.full((1, 1, 1), factor).bfloat16(), torch.tensor([len(x)])
+    _, pre = torch.ops.flexpert.grouped_mlp(
+        x, torch.arange(len(x)), None, counts, None, w, None, w, None, "identity", True
+    )
+    want = (x.float() * w[0].float()).bfloat16()
+    assert torch.equal(pre[: len(x)].nan_to_num(nan=7.0), want.nan_to_num(nan=7.0))
+    assert torch.equal(pre[: len(x)].isnan(), want.isnan())
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
