@@ -13,6 +13,7 @@ from flexpert.core.registry import EXPERTS
 from flexpert.core.routing import Routing
 from flexpert.core.seeding import draw_base, draw_trunc_normal, draw_uniform, fill_per_expert
 from flexpert.ops.activations import get_activation
+from flexpert.ops.memory import prefer_huge_pages
 
 from .bank import ExpertBank, ExpertBatch, autocast_dtype, cast
 
@@ -108,6 +109,9 @@ class MLPExperts(ExpertBank):
         self, x_TD: Tensor, unit_N: Tensor, weight_N: Tensor | None, counts_E: Tensor, slot_E: Tensor | None
     ) -> Tensor:
         """`ops.grouped_mlp` with the bank's weights, in x's dtype."""
+        if not torch.compiler.is_compiling():
+            prefer_huge_pages(self.w1)
+            prefer_huge_pages(self.w2)
         w1, b1, w2, b2 = self.weights_in(x_TD.dtype)
         return ops.grouped_mlp(
             x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, self.activation, self.recompute

@@ -15,7 +15,7 @@ import sys
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PAGE = 1 << 21
 SMALLEST = 2 * PAGE
@@ -64,6 +64,27 @@ class _Blocks:
 
 
 _blocks = _Blocks()
+
+
+_COLLAPSE = 25  # of madvise: huge pages at once, not when the system gets round to it (Linux 6.1)
+_seen: dict[int, int] = {}  # bytes at an address
+
+
+def prefer_huge_pages(tensor: Tensor) -> None:
+    """Move a tensor that is read over and over, such as a weight, onto huge pages: a hint, taken once.
+
+    A read of 200 MB in pages of 4 KiB stops at each for its address. Moving takes about a millisecond per MB.
+    """
+    if not _enabled or type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+        return
+    address = tensor.data_ptr()
+    if tensor.nbytes < SMALLEST or _seen.get(address) == tensor.nbytes:
+        return
+    _seen[address] = tensor.nbytes
+    first, last = -(-address // PAGE) * PAGE, (address + tensor.nbytes) // PAGE * PAGE
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes, madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    madvise(first, last - first, _COLLAPSE)  # where it fails, pages stay as they are
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexpert.ops import memory
 
@@ -73,3 +74,20 @@ def test_gradients_of_a_step_lie_where_the_last_ones_did():
         w.grad = memory.empty(w, LARGE).zero_()
         places.append(w.grad.data_ptr())
     assert len(set(places)) == 1
+
+
+def test_huge_pages_are_asked_for_once_and_change_nothing(monkeypatch):
+    monkeypatch.setattr(memory, "_seen", {})
+    weight = torch.nn.Parameter(torch.arange(3 << 20, dtype=torch.float32))
+    for _ in range(2):
+        memory.prefer_huge_pages(weight)
+    assert memory._seen == ({weight.data_ptr(): weight.nbytes} if memory._enabled else {})
+    assert torch.equal(weight.detach(), torch.arange(3 << 20, dtype=torch.float32))
+    memory.prefer_huge_pages(weight[:10])  # small, and a view is not the weight
+    memory.prefer_huge_pages(torch.nn.Parameter(torch.empty(1 << 30, device="meta")))
+    assert len(memory._seen) == int(memory._enabled)
+
+
+def test_huge_pages_of_a_fake_tensor():
+    with FakeTensorMode():
+        memory.prefer_huge_pages(torch.nn.Parameter(torch.empty(3 << 20)))
