@@ -25,7 +25,11 @@ _enabled = sys.platform.startswith("linux")
 
 
 class _Blocks:
-    """Those that wait, oldest first. They come back whenever a tensor dies, so nothing here takes a lock."""
+    """Those that wait, oldest first.
+
+    They come back whenever a tensor dies, so nothing here takes a lock: each line that changes something is
+    one step for other threads, whatever they do between the lines.
+    """
 
     def __init__(self) -> None:
         self.waiting: list[mmap.mmap] = []
@@ -34,17 +38,19 @@ class _Blocks:
     def take(self, size: int) -> mmap.mmap:
         """A block of at least `size` bytes: the smallest waiting one that will do, else a new one."""
         block = self._find(size) or self._map(size)
-        self.live += len(block)
+        size = len(block)
+        self.live += size
         self.most_live = max(self.most_live, self.live)
         return block
 
     def give_back(self, block: mmap.mmap) -> None:
         """Let a block wait; the oldest go where too many do."""
-        self.live -= len(block)
+        size = len(block)
+        self.live -= size
         block.madvise(mmap.MADV_FREE)
         self.waiting.append(block)
         while sum(map(len, self.waiting)) > self.most_live:
-            del self.waiting[0]
+            del self.waiting[:1]
 
     def _find(self, size: int) -> mmap.mmap | None:
         fitting = [block for block in self.waiting if size <= len(block) <= size * WASTE]

@@ -88,6 +88,8 @@ def test_huge_pages_are_asked_for_once_and_change_nothing(monkeypatch):
     assert len(memory._seen) == int(memory._enabled)
 
 
-def test_huge_pages_of_a_fake_tensor():
+def test_a_fake_tensor_has_no_pages(monkeypatch):
+    monkeypatch.setattr(memory, "_seen", {})
     with FakeTensorMode():
         memory.prefer_huge_pages(torch.nn.Parameter(torch.empty(3 << 20)))
+    assert memory._seen == {}

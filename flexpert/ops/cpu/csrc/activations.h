@@ -97,8 +97,7 @@ inline Both activate(Vector x) {
     return {mul(x, n.cumulative), fmadd(x, n.density, n.cumulative)};
   } else if constexpr (KIND == GELU_TANH) {  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
     const Vector square = mul(x, x), scale = constant(1.59576912f);
-    const Vector twice_u = mul(mul(scale, x),
-                                         fmadd(square, constant(0.044715f), one));
+    const Vector twice_u = mul(mul(scale, x), fmadd(square, constant(0.044715f), one));
     const Vector gate = sigmoid<EXACT>(twice_u), value = mul(x, gate);
     const Vector inner = mul(scale, fmadd(square, constant(0.134145f), one));
     const Vector bend = mul(mul(value, sub(one, gate)), inner);

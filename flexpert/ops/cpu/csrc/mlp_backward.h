@@ -111,8 +111,6 @@ class Backward {
   }
 
   void run() {
-    prefer_huge_pages(c.d_w1, c.slots * halves * c.hidden * c.model * sizeof(Element));
-    prefer_huge_pages(c.d_w2, c.slots * c.output * c.hidden * sizeof(Element));
     on_threads(c.threads, [&] {
       const Multiplier multiply(c.amx);
       const Desk& own = desks[omp_get_thread_num()];
@@ -393,16 +391,6 @@ class Backward {
   std::vector<Desk> desks;  // one per thread, and one for all together
 };
 
-inline index backward(const BackwardCall& call) {
-  const Plan plan(call.units, call.rows, call.experts, call.slots, pointer<index>(call.unit),
-                  pointer<index>(call.counts), pointer<index>(call.slot), call.threads);
-  if (plan.status != DONE) return plan.status;
-  Backward pass(call, plan);
-  Scratch scratch(pass.place(nullptr));
-  if (!scratch) return NO_MEMORY;
-  pass.place(&scratch);
-  pass.run();
-  return DONE;
-}
+inline index backward(const BackwardCall& call) { return run_pass<Backward>(call); }
 
 }  // namespace

@@ -231,13 +231,6 @@ inline void clear(void* target, index bytes) {
     std::memset(static_cast<char*>(target) + first, 0, least(CHUNK, bytes - first));
 }
 
-// Fresh memory of an output costs most at its first touch, less so in large pages.
-inline void prefer_huge_pages(index address, index bytes) {
-  constexpr index PAGE = index(2) << 20;
-  const index first = (address + PAGE - 1) / PAGE * PAGE, last = (address + bytes) / PAGE * PAGE;
-  if (address && last > first) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);
-}
-
 // `body` of each number below `count`: all threads of the region together, or this one alone.
 template <typename Body>
 void each(bool is_shared, index count, const Body& body) {
@@ -256,6 +249,20 @@ constexpr index WIDEST = sizeof(Element) == 2 ? 8 : 4;
 inline index task_width(index column_blocks, index threads) {
   if (threads == 1) return least(WIDEST, column_blocks);
   return std::max<index>(1, least(WIDEST, column_blocks / (2 * threads)));
+}
+
+// Plan, place the buffers of and run one pass over all rows.
+template <typename Pass, typename Call>
+index run_pass(const Call& call) {
+  const Plan plan(call.units, call.rows, call.experts, call.slots, pointer<index>(call.unit),
+                  pointer<index>(call.counts), pointer<index>(call.slot), call.threads);
+  if (plan.status != DONE) return plan.status;
+  Pass pass(call, plan);
+  Scratch scratch(pass.place(nullptr));
+  if (!scratch) return NO_MEMORY;
+  pass.place(&scratch);
+  pass.run();
+  return DONE;
 }
 
 }  // namespace

@@ -70,7 +70,6 @@ class Forward {
   }
 
   void run() {
-    prefer_huge_pages(c.pre, c.rows * halves * c.hidden * sizeof(Element));
     on_threads(c.threads, [&] {
       const Multiplier multiply(c.amx);
       Element* panel = own + omp_get_thread_num() * (plan.most_alone * (model + hidden) * TILE + panel_size());
@@ -237,16 +236,6 @@ class Forward {
   Element *together = nullptr, *own = nullptr;
 };
 
-inline index forward(const ForwardCall& call) {
-  const Plan plan(call.units, call.rows, call.experts, call.slots, pointer<index>(call.unit),
-                  pointer<index>(call.counts), pointer<index>(call.slot), call.threads);
-  if (plan.status != DONE) return plan.status;
-  Forward pass(call, plan);
-  Scratch scratch(pass.place(nullptr));
-  if (!scratch) return NO_MEMORY;
-  pass.place(&scratch);
-  pass.run();
-  return DONE;
-}
+inline index forward(const ForwardCall& call) { return run_pass<Forward>(call); }
 
 }  // namespace

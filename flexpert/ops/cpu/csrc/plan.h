@@ -1,6 +1,6 @@
 // The order of work: experts in waves, rows of an expert in blocks; and the memory that holds packed operands.
 //
-// Experts with few rows are waves of one, each computed by one thread alone, so that what it packs stays in the
+// Experts with few rows, where there are enough of them for each thread to have several, are waves of one, each computed by one thread alone, so that what it packs stays in the
 // caches of its core. The others are computed by all threads together: runs of experts with enough rows to keep
 // all busy, few enough for the packed rows to stay near, and no two that share a weight slot, so that tasks of
 // one wave never write the same gradient.
