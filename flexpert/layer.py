@@ -14,15 +14,15 @@ from flexpert.core.config import MoEConfig, set_builder
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import CheckpointError, ConfigError, InputError
 from flexpert.core.info import MoEInfo
-from flexpert.core.routing import AnyRouting
+from flexpert.core.plan import ExecutionPlan
 from flexpert.core.stats import measure
 from flexpert.core.unset import UNSET, UnsetType
 
 from .combine import WeightedSum, build_combine
-from .dispatch import gather
-from .experts import ExpertBank, ExpertBatch, SharedExpert, build_experts, build_shared
+from .experts import ExpertBank, SharedExpert, build_experts, build_shared
 from .losses import Loss, build_losses
 from .routers import Router, build_router
+from .transport import LocalTransport
 
 _DEFAULT = RoutingContext()
 
@@ -35,6 +35,9 @@ class LayerScope(Protocol):
 
     def context_for_call(self) -> RoutingContext | None:
         """The context of the call that is about to run; None where the scope does not apply."""
+
+    def plan_for_call(self) -> ExecutionPlan | None:
+        """The plan of the call that is about to run; None where the scope has none."""
 
     def record(self, info: MoEInfo) -> None:
         """Take what a call did."""
@@ -95,7 +98,8 @@ class MoE(nn.Module):
                 f"{type(self.combine).__name__} weighs choices, and {type(router).__name__} makes none: "
                 f"every token reads all slots; use combine='sum'"
             )
-        self.use_fused = self.combine.plain and experts.has_fused and not dense
+        # How rows reach their experts; `flexpert.parallel.parallelize` puts another in its place.
+        self.transport: Any = LocalTransport(fused=self.combine.plain and experts.has_fused and not dense)
         self.register_load_state_dict_pre_hook(_check_shapes)
         self.scope: LayerScope | None = None  # set by routing_scope for the time of its `with`
 
@@ -106,6 +110,7 @@ class MoE(nn.Module):
         context: RoutingContext | None = None,
         top_k: int | UnsetType = UNSET,
         capacity_factor: float | None | UnsetType = UNSET,
+        plan: ExecutionPlan | None = None,
         return_info: bool = False,
     ) -> Any:
         """Compute the layer.
@@ -115,6 +120,7 @@ class MoE(nn.Module):
             context: mask, ids and overrides of this call; wins over that of a surrounding `routing_scope`.
             top_k: experts per token for this call.
             capacity_factor: capacity for this call; None means dropless.
+            plan: how this call runs over the ranks; the result is the same for all. None: the default's.
             return_info: return (output, `MoEInfo`).
 
         Returns:
@@ -126,21 +132,21 @@ class MoE(nn.Module):
         """
         self._check(x)
         scope = self.scope
-        if scope is not None and context is None:
-            context = scope.context_for_call()
+        if scope is not None:
+            context = scope.context_for_call() if context is None else context
+            plan = scope.plan_for_call() if plan is None else plan
         context = (context or _DEFAULT).with_overrides(top_k, capacity_factor).for_tokens(x.shape[:-1])
         x_TD = x.reshape(-1, x.shape[-1])
         real_TD = context.hide_padding(x_TD)
         routing = self.router(real_TD, context)
-        y_TO = (
-            self.experts.fused(real_TD, routing) if self.use_fused else self._through_rows(real_TD, routing)
-        )
+        y_TO = self.transport(real_TD, routing, self.experts, self.combine, plan)
         if self.shared is not None:
             y_TO = y_TO + self.shared(x_TD)
         y = y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
         recording = scope is not None and scope.wants_info()
         if not recording and not return_info:
             return y
+        context = self.transport.complete(context)
         losses = {name: term(routing, context) for name, term in self.losses.items()}
         info = MoEInfo(losses=losses, stats=measure(routing, context), routing=routing)
         if recording:
@@ -161,12 +167,6 @@ class MoE(nn.Module):
 
     def _top_k(self) -> int:
         return int(getattr(self.router, "top_k", self.experts.num_experts))
-
-    def _through_rows(self, x_TD: Tensor, routing: AnyRouting) -> Tensor:
-        rows_ND = self.combine.prepare(gather(x_TD, routing), routing)
-        units_N = getattr(routing, "unit_N", None)
-        batch = ExpertBatch(rows_ND=rows_ND, counts_E=routing.counts_E, unit_N=units_N)
-        return self.combine(self.experts(batch), routing, x_TD.dtype)
 
     def _check(self, x: Tensor) -> None:
         dim = self.experts.model_dim

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import InputError
 from flexpert.core.info import MoEInfo
+from flexpert.core.plan import ExecutionPlan
 from flexpert.core.recomputing import recomputing
 from flexpert.core.registry import suggest
 from flexpert.core.routing import AnyRouting
@@ -40,24 +41,31 @@ class routing_scope:  # noqa: N801  (used like a function: `with routing_scope(m
     Args:
         model: any module; its `MoE` layers take part. It may have none.
         context: for every call inside the scope.
+        plan: how every call inside the scope runs over the ranks; nested scopes without one keep it.
     """
 
-    def __init__(self, model: nn.Module, *, context: RoutingContext | None = None) -> None:
-        self.context = context
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        context: RoutingContext | None = None,
+        plan: ExecutionPlan | None = None,
+    ) -> None:
+        self.context, self.plan = context, plan
         self._layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
         self._handles: list[_Handle] = []
         self._outer: list[Any] = []
 
     def __enter__(self) -> routing_scope:
         self._outer = [layer.scope for _, layer in self._layers]
-        self._handles = [_Handle(self.context, outer) for outer in self._outer]
+        self._handles = [_Handle(self.context, self.plan, outer) for outer in self._outer]
         for (_, layer), handle in zip(self._layers, self._handles, strict=True):
             layer.scope = handle
         return self
 
     def __exit__(self, *error: object) -> None:
         for (_, layer), handle in zip(self._layers, self._handles, strict=True):
-            layer.scope = _Closed(self.context) if handle.outer is None else handle.outer
+            layer.scope = _Closed(self.context, self.plan) if handle.outer is None else handle.outer
             if handle.outer is not None and handle.context is not handle.outer.context:
                 handle.outer.had_inner_context = True
 
@@ -86,9 +94,10 @@ class routing_scope:  # noqa: N801  (used like a function: `with routing_scope(m
 class _Handle:
     """An open scope's end at one layer: a plain object, which a compiled graph may read and write."""
 
-    def __init__(self, context: RoutingContext | None, outer: Any) -> None:
+    def __init__(self, context: RoutingContext | None, plan: ExecutionPlan | None, outer: Any) -> None:
         self.outer = outer if isinstance(outer, _Handle) else None
         self.context = self.outer.context if context is None and self.outer is not None else context
+        self.plan = self.outer.plan if plan is None and self.outer is not None else plan
         self.calls: list[MoEInfo] = []
         self.had_inner_context = False
 
@@ -102,6 +111,9 @@ class _Handle:
         if self.had_inner_context and recomputing():
             raise InputError(_TOO_LATE)
         return self.context
+
+    def plan_for_call(self) -> ExecutionPlan | None:
+        return self.plan
 
     def record(self, info: MoEInfo) -> None:
         if recomputing():
@@ -127,8 +139,8 @@ class _Closed:
     scopes before it; nobody can know, so that is an error. A later call outside of any scope ends its part.
     """
 
-    def __init__(self, context: RoutingContext | None) -> None:
-        self.had_context = context is not None
+    def __init__(self, context: RoutingContext | None, plan: ExecutionPlan | None) -> None:
+        self.had_context, self.plan = context is not None, plan
         self.expired = False
 
     def wants_info(self) -> bool:
@@ -139,6 +151,9 @@ class _Closed:
             self.expired = True
         elif self.had_context and not self.expired:
             raise InputError(_TOO_LATE)
+
+    def plan_for_call(self) -> ExecutionPlan | None:
+        return self.plan if recomputing() and not self.expired else None
 
     def record(self, info: MoEInfo) -> None:
         """Nothing: the scope has its record."""

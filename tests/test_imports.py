@@ -22,6 +22,7 @@ LINES = [
     (["ops"], STRICT),
     (["dispatch"], STRICT),
     (["routers", "experts", "combine", "losses", "balancers", "parallel"], STRICT),
+    (["transport"], STRICT),
     (["layer"], STRICT),
     (["scope"], STRICT),
     (

@@ -77,7 +77,7 @@ def test_all_tokens_to_one_expert():
 @pytest.mark.parametrize("fused", [True, False])
 def test_strided_and_expanded_inputs(fused):
     layer = make_layer()
-    layer.use_fused = fused
+    layer.transport.fused = fused
     base = torch.randn(9, 2 * D)
     for x in (base[:, ::2], base[::2, :D], base[:, :D].T.contiguous().T, base[:1, :D].expand(9, D)):
         assert_close(layer(x), layer(x.contiguous()))
@@ -254,7 +254,7 @@ def test_capacity_and_top_k_can_change_at_evaluation():
 
 
 def test_fused_only_where_it_is_the_same():
-    assert make_layer().use_fused
-    assert not make_layer(combine="weighted_input").use_fused
-    assert not make_layer("soft").use_fused
-    assert make_layer("expert_choice").use_fused
+    assert make_layer().transport.fused
+    assert not make_layer(combine="weighted_input").transport.fused
+    assert not make_layer("soft").transport.fused
+    assert make_layer("expert_choice").transport.fused

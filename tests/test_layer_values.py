@@ -62,7 +62,7 @@ def test_gradients_in_fp64(router, expert, fused):
     layer = make_layer(
         router, torch.float64, expert=expert, num_shared_experts=1, shared_gate=True, activation="silu"
     )
-    layer.use_fused = layer.use_fused and fused
+    layer.transport.fused = layer.transport.fused and fused
     x = data(4, dtype=torch.float64).requires_grad_()
 
     def call(x, *_):
@@ -74,7 +74,7 @@ def test_gradients_in_fp64(router, expert, fused):
 @pytest.mark.parametrize("fused", [True, False])
 def test_second_derivatives_are_refused_or_right(fused):
     layer = make_layer(dtype=torch.float64, activation="silu", top_k=2)
-    layer.use_fused = fused
+    layer.transport.fused = fused
     x = data(3, dtype=torch.float64).requires_grad_()
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(FlexpertError, match=r"cannot be differentiated twice.*use_backend\('reference'\)"):
@@ -91,7 +91,7 @@ def test_second_derivatives_are_refused_or_right(fused):
 @pytest.mark.parametrize("router", [r for r in ROUTERS if r not in ("soft", "expert_choice")])
 def test_what_is_no_number_stays_in_its_token(router, value, fused):
     layer, x = make_layer(router).eval(), data(12)
-    layer.use_fused = fused
+    layer.transport.fused = fused
     y = layer(x, context=context_for(x))
     x[5, 2] = value
     broken, info = layer(x, context=context_for(x), return_info=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flexpert import ops
 from flexpert.core.config import require_int
+from flexpert.core.layout import ParamLayout
 from flexpert.core.routing import Routing
 
 
@@ -74,6 +75,27 @@ class ExpertBank(nn.Module):
     def fused(self, x_TD: Tensor, routing: Routing, slot_E: Tensor | None = None) -> Tensor:
         """Gather, experts and weighted sum in one: (T, O) in x's dtype; only where `has_fused`."""
         raise TypeError(f"{type(self).__name__} has no fused path")
+
+    def rows(self, x_RD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None = None) -> Tensor:
+        """Results (R, O) in place: row unit_N[i] of x is computed by the expert that row i belongs to.
+
+        Args:
+            x_RD: rows in any order; none is named twice.
+            unit_N: int64, rows grouped by expert.
+            counts_E: int64, rows of each expert.
+            slot_E: as in `ExpertBatch`.
+        """
+        rows_ND = ops.gather_rows(x_RD, unit_N, counts_E)
+        y_NO = self(ExpertBatch(rows_ND=rows_ND, counts_E=counts_E, unit_N=None, slot_E=slot_E))
+        return ops.scatter_combine(y_NO, unit_N, None, counts_E, x_RD.shape[0], y_NO.dtype)
+
+    def layout(self) -> dict[str, ParamLayout]:
+        """How each parameter is cut over ranks; those left out are whole on every rank, as dense ones are."""
+        return {}
+
+    def groups(self) -> dict[str, ExpertBank]:
+        """The banks this one is made of, by name, in order of slots; itself as "" where it is one."""
+        return {"": self}
 
     def params_of_experts(self) -> list[int]:
         """Parameters of each expert."""

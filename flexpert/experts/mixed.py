@@ -69,6 +69,10 @@ class MixedExperts(ExpertBank):
         ]
         return sum(results[1:], results[0])
 
+    def groups(self) -> dict[str, ExpertBank]:
+        """The groups by name, in order of slots."""
+        return dict(self._members())
+
     def params_of_experts(self) -> list[int]:
         """Parameters of each expert, group by group."""
         return [count for _, group in self._members() for count in group.params_of_experts()]

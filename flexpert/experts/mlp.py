@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flexpert import ops
 from flexpert.core.config import check_bias, require_bool, require_int, require_number
+from flexpert.core.layout import ParamLayout
 from flexpert.core.registry import EXPERTS
 from flexpert.core.routing import Routing
 from flexpert.core.seeding import draw_base, draw_trunc_normal, draw_uniform, fill_per_expert
@@ -105,11 +106,25 @@ class MLPExperts(ExpertBank):
         x = x_TD.to(autocast_dtype(x_TD))
         return self._fused(x, routing.unit_N, routing.weight_N, routing.counts_E, slot_E).to(x_TD.dtype)
 
+    def rows(self, x_RD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None = None) -> Tensor:
+        """Results in place, in one operator; see `ExpertBank.rows`."""
+        return self._fused(x_RD.to(autocast_dtype(x_RD)), unit_N, None, counts_E, slot_E)
+
+    def layout(self) -> dict[str, ParamLayout]:
+        """Cut on the hidden dimension; `b2` is added once."""
+        hidden = self.w1.dim() - 2  # (E, F, D), or (E, 2, F, D) of a gated bank
+        layouts = {"w1": ParamLayout(slice_dim=hidden), "w2": ParamLayout(slice_dim=2)}
+        if self.b1 is not None:
+            layouts["b1"] = ParamLayout(slice_dim=hidden)
+        if self.b2 is not None:
+            layouts["b2"] = ParamLayout(slice_dim=None, once=True)
+        return layouts
+
     def _fused(
         self, x_TD: Tensor, unit_N: Tensor, weight_N: Tensor | None, counts_E: Tensor, slot_E: Tensor | None
     ) -> Tensor:
         """`ops.grouped_mlp` with the bank's weights, in x's dtype."""
-        if not torch.compiler.is_compiling():
+        if isinstance(self.w1, nn.Parameter) and not torch.compiler.is_compiling():  # not gathered for a call
             prefer_huge_pages(self.w1)
             prefer_huge_pages(self.w2)
         w1, b1, w2, b2 = self.weights_in(x_TD.dtype)

@@ -9,7 +9,7 @@ from flexpert import ops
 from flexpert.core.errors import ConfigError
 from flexpert.core.registry import EXPERTS
 from flexpert.core.routing import Routing
-from flexpert.experts import ExpertBatch, MLPExperts
+from flexpert.experts import ExpertBank, ExpertBatch, MLPExperts
 from flexpert.experts.bank import autocast_dtype, weighted_sum
 from flexpert.ops.activations import get_activation
 
@@ -55,6 +55,12 @@ class DropoutMLPExperts(MLPExperts):
         pre_NF = ops.grouped_linear(rows_ND, w1, b1, batch.counts_E, batch.slot_E)
         hidden_NF = F.dropout(get_activation(self.activation).forward(pre_NF), self.dropout, self.training)
         return ops.grouped_linear(hidden_NF, w2, b2, batch.counts_E, batch.slot_E)
+
+    def rows(self, x_RD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None = None) -> Tensor:
+        """See `ExpertBank.rows`; in one operator where nothing is dropped."""
+        if not (self.training and self.dropout):
+            return super().rows(x_RD, unit_N, counts_E, slot_E)
+        return ExpertBank.rows(self, x_RD, unit_N, counts_E, slot_E)
 
     def fused(self, x_TD: Tensor, routing: Routing, slot_E: Tensor | None = None) -> Tensor:
         """The fused operator where nothing is dropped; otherwise gather, experts and weighted sum."""

@@ -42,7 +42,7 @@ def test_a_kind_of_ones_own(monkeypatch):
         expert={"name": "scale", "factor": 2.5},
     )
     layer, x = config.build(), torch.randn(6, 3)
-    assert not layer.use_fused
+    assert not layer.transport.fused
     assert_close(layer(x), 2.5 * x)
     assert config.num_params() == 3 * 4 + 4
     with pytest.raises(ConfigError, match="expert name 'scale' is taken"):

@@ -284,7 +284,7 @@ def test_autocast_computes_in_its_dtype(expert, autocast):
     low = copy.deepcopy(layer)
     low.experts.to(autocast)
     for fused in (True, False):
-        layer.use_fused = low.use_fused = fused
+        layer.transport.fused = low.transport.fused = fused
         with torch.autocast("cpu", dtype=autocast):
             y = layer(x)
         assert y.dtype == torch.float32

@@ -1,0 +1,90 @@
+"""The one layout of parameters: each rank's part of every bank, as DTensors, whatever plan runs later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from flexpert.core.errors import ConfigError
+from flexpert.core.layout import ParamLayout
+
+from .mesh import ExpertMesh
+
+
+class Bank(Protocol):
+    """What the ranks need of a bank of experts; see `flexpert.experts.ExpertBank`."""
+
+    num_experts: int
+    output_dim: int
+    remote: bool
+    sliceable: bool
+    row_independent: bool
+
+    def layout(self) -> Mapping[str, ParamLayout]: ...
+    def groups(self) -> Mapping[str, Any]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def placements(layout: ParamLayout) -> list[Placement]:
+    """Of a DTensor on the axes (replica, expert, slice)."""
+    cut: Placement = Replicate() if layout.slice_dim is None else Shard(layout.slice_dim)
+    return [Replicate(), Shard(0), cut]
+
+
+def check_bank(name: str, bank: Bank, mesh: ExpertMesh) -> None:
+    """Refuse a bank that cannot be laid out on a mesh.
+
+    Raises:
+        ConfigError: experts or a hidden dimension that the mesh does not divide; the message has the remedy.
+    """
+    for group_name, group in bank.groups().items():
+        if not group.remote:
+            continue
+        where = f"{name}.{group_name}" if group_name else name
+        if group.num_experts % mesh.expert_ranks:
+            raise ConfigError(
+                f"{where} has {group.num_experts} experts, which {mesh.expert_ranks} expert ranks do not "
+                f"divide; build the mesh with more replicas or slices, so that its expert axis is a divisor "
+                f"of {group.num_experts}"
+            )
+        parameters = dict(group.named_parameters())
+        for parameter, layout in group.layout().items():
+            size = None if layout.slice_dim is None else parameters[parameter].shape[layout.slice_dim]
+            if size is not None and size % mesh.slices:
+                raise ConfigError(
+                    f"{where}.{parameter} has a hidden dimension of {size}, which {mesh.slices} slices do not "
+                    f"divide; choose a hidden_dim that is a multiple of {mesh.slices}, or fewer slices"
+                )
+
+
+def shard_bank(bank: Bank, mesh: ExpertMesh) -> list[tuple[nn.Parameter, ParamLayout]]:
+    """Replace a bank's stacked parameters, whole on this rank, by its part of them.
+
+    Returns the new parameters, DTensors whose global shape is the old one, with their layouts. A bank's
+    parameters without a layout, and those of groups that do not travel, stay as they are.
+    """
+    done = []
+    for group in bank.groups().values():
+        if not group.remote:
+            continue
+        for name, layout in group.layout().items():
+            old = getattr(group, name)
+            local = local_part(old.detach(), layout, mesh)
+            whole = DTensor.from_local(local, mesh.device_mesh, placements(layout), run_check=False)
+            new = nn.Parameter(whole, requires_grad=old.requires_grad)
+            setattr(group, name, new)
+            done.append((new, layout))
+    return done
+
+
+def local_part(whole: Tensor, layout: ParamLayout, mesh: ExpertMesh) -> Tensor:
+    """This rank's part of a stacked tensor (E, ...), in memory of its own."""
+    experts = mesh.experts_of(whole.shape[0])
+    part = whole[experts.start : experts.stop]
+    if layout.slice_dim is not None:
+        part = part.chunk(mesh.slices, dim=layout.slice_dim)[mesh.slice]
+    return part.clone(memory_format=torch.contiguous_format)

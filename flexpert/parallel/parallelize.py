@@ -1,0 +1,153 @@
+"""From a model on every rank to a model over all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from flexpert.core.errors import ConfigError, DistributedError
+from flexpert.core.plan import ExecutionPlan
+
+from .gradients import GradientSync
+from .layout import shard_bank
+from .mesh import ExpertMesh
+from .transport import ExpertParallel, prepare
+
+DENSE = ("ddp", "fsdp")
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: ExpertMesh,
+    *,
+    dense: str | None = None,
+    dense_mesh: DeviceMesh | None = None,
+    mixed_precision: torch.dtype | None = None,
+    plan: ExecutionPlan | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """Lay every MoE layer of a model out over a mesh, and wrap the rest for data parallelism; in place.
+
+    All ranks call it with the same model: built from the same seed, or loaded from the same checkpoint. Expert
+    parameters become DTensors on the mesh; the optimiser is built after this. Router, shared experts,
+    zero-computation experts and experts that are modules of their own stay dense.
+
+    Args:
+        model: holds layers `flexpert.MoE` at any depth, or is one.
+        mesh: of the experts; see `expert_mesh`.
+        dense: "ddp" replicates everything but the experts, "fsdp" shards it (FSDP2); None leaves it alone.
+        dense_mesh: for the dense part, over the same ranks in any other factors; None: one axis of all.
+        mixed_precision: dtype that "fsdp" computes in, parameters staying as they are (experts follow the
+            dtype of their input); with "ddp" use autocast.
+        plan: for calls that bring none; None is `ExecutionPlan()`.
+        verify: compare what the ranks are about to do before rows travel; see `ExpertParallel`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: no MoE layer, a bank that the mesh does not divide, or a bad argument.
+        DistributedError: the ranks' models differ.
+    """
+    if dense is not None and dense not in DENSE:
+        raise ConfigError(f"dense={dense!r}: expected None or one of {', '.join(DENSE)}")
+    if mixed_precision is not None and dense != "fsdp":
+        raise ConfigError(f"mixed_precision={mixed_precision} needs dense='fsdp'; use torch.autocast instead")
+    layers = _layers(model)
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} has no MoE layer to lay out; wrap it with DDP or FSDP itself"
+        )
+    for name, layer in layers.items():
+        if isinstance(layer.transport, ExpertParallel):
+            raise ConfigError(f"layer {name!r} is laid out already; parallelize a model once")
+    default = ExecutionPlan() if plan is None else plan
+    transports = {name: prepare(name, layer.experts, mesh, default, verify) for name, layer in layers.items()}
+    _compare_models(model, mesh)
+    sync = GradientSync()
+    experts: set[nn.Parameter] = set()
+    for name, layer in layers.items():
+        for parameter, layout in shard_bank(layer.experts, mesh):
+            sync.watch(parameter, mesh.same_expert if layout.slice_dim is None else mesh.same_slice)
+            experts.add(parameter)
+        layer.transport, layer.gradient_sync = transports[name], sync
+    if dense == "ddp":
+        _replicate(model, mesh, dense_mesh, experts)
+    elif dense == "fsdp":
+        policy = MixedPrecisionPolicy(param_dtype=mixed_precision)
+        fully_shard(model, mesh=dense_mesh or _flat(mesh), mp_policy=policy, ignored_params=experts)
+    return model
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """The MoE layers by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "transport") and hasattr(module, "experts")
+    }
+
+
+def _replicate(
+    model: nn.Module, mesh: ExpertMesh, dense_mesh: DeviceMesh | None, experts: set[nn.Parameter]
+) -> None:
+    if dense_mesh is not None and dense_mesh.ndim != 1:
+        raise ConfigError(f"dense='ddp' averages over one axis; dense_mesh has {dense_mesh.mesh_dim_names}")
+    if not any(p.requires_grad and p not in experts for p in model.parameters()):
+        return
+    group = mesh.everyone.process_group if dense_mesh is None else dense_mesh.get_group()
+    if group is None:
+        return
+    ignored = [m for m in model.modules() if any(p in experts for p in m.parameters(recurse=False))]
+    replicate(model, ignored_modules=ignored, process_group=group)
+
+
+def _flat(mesh: ExpertMesh) -> DeviceMesh:
+    """All ranks of the mesh on one axis."""
+    device = mesh.device_mesh.device_type
+    if mesh.everyone.process_group is None:
+        return init_device_mesh(device, (1,), mesh_dim_names=("data",))
+    return DeviceMesh.from_group(
+        mesh.everyone.process_group, device, mesh=list(mesh.ranks), mesh_dim_names=("data",)
+    )
+
+
+def _compare_models(model: nn.Module, mesh: ExpertMesh) -> None:
+    """Raise unless all ranks hold the same parameters and the same idea of the mesh."""
+    facts = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    world = (mesh.num_experts, mesh.replicas, mesh.expert_ranks, mesh.slices, mesh.ranks_per_node)
+    sums = torch.stack([_digest(p) for p in model.parameters()] or [torch.zeros(())]).sum()
+    own = torch.tensor([_hash(repr(facts)), _hash(repr(world)), _hash(sums.numpy().tobytes())])
+    all_ = own.new_empty(mesh.everyone.size * 3)
+    mesh.everyone.all_gather(all_, own).wait()
+    for rank, theirs in zip(mesh.ranks, all_.view(-1, 3).tolist(), strict=True):
+        for what, mine, other in zip(
+            ("names, shapes or dtypes", "mesh", "values"), own.tolist(), theirs, strict=True
+        ):
+            if mine != other:
+                remedy = {"mesh": "call expert_mesh with equal arguments on all ranks"}.get(
+                    what, "build it from the same config and seed on all ranks, or load one checkpoint"
+                )
+                raise DistributedError(
+                    f"the model's {what} differ between rank {dist.get_rank()} and rank {rank}; {remedy}"
+                )
+
+
+def _digest(parameter: nn.Parameter) -> torch.Tensor:
+    """A few values and the sum: enough to tell two initialisations apart, without reading pages twice."""
+    if parameter.is_meta or parameter.numel() == 0:
+        return torch.zeros((), dtype=torch.float64)
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, flat.numel() // 1024)].double().sum().cpu()
+
+
+def _hash(data: str | bytes) -> int:
+    import zlib
+
+    return zlib.crc32(data.encode() if isinstance(data, str) else data)

@@ -1,0 +1,190 @@
+"""One call's dispatch, experts and combine over the ranks, in chunks that travel while others are computed.
+
+It is one autograd Function with a fixed order of collectives, empty chunks included, so that ranks cannot
+disagree in backward, whatever the autograd engine does around it. (Tutel, arXiv 2206.03382, section 3.2.)
+
+Letters: N rows of this rank, R rows that arrive on it, D and O widths, P ranks, e experts of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexpert import ops
+
+from . import timeline
+from .all_to_all import Splits
+from .codec import CODECS
+from .mesh import Algorithm
+
+# (rows_RD, unit_R, counts_e, *weights) -> (R, O): the experts' results in the rows' places
+Compute = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """What one call does between the ranks.
+
+    Attributes:
+        algorithm: of the all-to-all.
+        splits: rows from and to each rank.
+        starts_PE: int64 (P, e), where the rows for each rank and expert begin among this rank's rows.
+        degree: chunks.
+        codec: name of the rows' form on the wire.
+        compute: the experts of this rank.
+        output_dim: O.
+        in_order: this rank's rows lie as they are sent, each going to one rank.
+    """
+
+    algorithm: Algorithm
+    splits: Splits
+    starts_PE: Tensor
+    degree: int
+    codec: str
+    compute: Compute
+    output_dim: int
+    in_order: bool
+
+    def send_index(self, chunk: int) -> Tensor | None:
+        """int64: the rows of a chunk in order of sending; None: all rows as they lie."""
+        if self.in_order and self.degree == 1:
+            return None
+        first, counts = chunk_of(torch.tensor(self.splits.sent), chunk, self.degree)
+        return segments(self.starts_PE + first, counts)
+
+    def start(self, rows: Tensor, chunk: int, reverse: bool = False) -> Any:
+        """Send the rows of a chunk on their way."""
+        return self.algorithm.start(
+            rows,
+            self.splits,
+            chunk=chunk,
+            degree=self.degree,
+            reverse=reverse,
+            codec=CODECS[self.codec],
+        )
+
+
+def run(exchange: Exchange, rows_ND: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The experts' results (N, O) for rows grouped by expert, wherever the experts are."""
+    return _Run.apply(exchange, rows_ND, *weights)
+
+
+def chunk_of(counts: Tensor, chunk: int, degree: int) -> tuple[Tensor, Tensor]:
+    """(first, count) of a chunk's rows in segments of `counts` rows."""
+    first = counts * chunk // degree
+    return first, counts * (chunk + 1) // degree - first
+
+
+def segments(starts: Tensor, lengths: Tensor) -> Tensor:
+    """int64: starts[0] .. starts[0] + lengths[0] - 1, then those of the next segment, and so on."""
+    starts, lengths = starts.reshape(-1), lengths.reshape(-1)
+    before = lengths.cumsum(0) - lengths
+    index = torch.repeat_interleave(starts - before, lengths)
+    return index + torch.arange(index.shape[0])
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, rows_ND: Tensor, *weights: Tensor) -> Tensor:  # type: ignore[override]
+        differentiates = any(ctx.needs_input_grad)
+        leaves = [w.detach().requires_grad_(w.requires_grad and differentiates) for w in weights]
+        ctx.exchange, ctx.leaves, ctx.chunks = exchange, leaves, []
+        ctx.num_rows, ctx.dtype = rows_ND.shape[0], rows_ND.dtype
+        chunks = range(exchange.degree)
+        index = [_to(exchange.send_index(chunk), rows_ND) for chunk in chunks]
+        sent = [exchange.start(_take(rows_ND, index[chunk]), chunk) for chunk in chunks]
+        returning = []
+        for chunk in chunks:
+            arrived_RD = sent[chunk].wait().requires_grad_(ctx.needs_input_grad[1])
+            with torch.set_grad_enabled(differentiates), timeline.span("experts", chunk=chunk):
+                y_RO = _experts(exchange, arrived_RD, leaves, chunk)
+            ctx.chunks.append((arrived_RD, y_RO) if differentiates else None)
+            returning.append(exchange.start(y_RO.detach(), chunk, reverse=True))
+        back = [(index[chunk], returning[chunk].wait()) for chunk in chunks]
+        ctx.index = index
+        return _put(back, rows_ND.shape[0], exchange.in_order, rows_ND.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        exchange: Exchange = ctx.exchange
+        chunks = range(exchange.degree)
+        sent = [exchange.start(_take(grad_NO, ctx.index[chunk]), chunk) for chunk in chunks]
+        gradients: list[Tensor | None] = [None] * len(ctx.leaves)
+        returning = []
+        for chunk in chunks:
+            arrived_RD, y_RO = ctx.chunks[chunk]
+            grad_RO = sent[chunk].wait()
+            with timeline.span("experts backward", chunk=chunk):
+                grad_RD, *of_leaves = _differentiate(y_RO, grad_RO, arrived_RD, ctx.leaves)
+            ctx.chunks[chunk] = None  # its memory is free now
+            gradients = [_add(a, b) for a, b in zip(gradients, of_leaves, strict=True)]
+            if grad_RD is not None:
+                returning.append(exchange.start(grad_RD, chunk, reverse=True))
+        back = [(ctx.index[chunk], rows.wait()) for chunk, rows in enumerate(returning)]
+        grad_ND = _put(back, ctx.num_rows, exchange.in_order, ctx.dtype) if back else None
+        # Zeros in place of None: a rank without rows takes part in the reductions of the others.
+        return None, grad_ND, *map(_or_zeros, gradients, ctx.leaves)
+
+
+def _experts(exchange: Exchange, rows_RD: Tensor, leaves: list[Tensor], chunk: int) -> Tensor:
+    """Results (R, O) of rows ordered by (source rank, expert), in that order."""
+    if rows_RD.shape[0] == 0:
+        return rows_RD.new_empty(0, exchange.output_dim)
+    _, counts_Pe = chunk_of(torch.tensor(exchange.splits.received), chunk, exchange.degree)
+    starts = (counts_Pe.flatten().cumsum(0) - counts_Pe.flatten()).view_as(counts_Pe)
+    unit_R = segments(starts.T, counts_Pe.T)
+    counts_e = counts_Pe.sum(0)
+    y_RO = exchange.compute(rows_RD, _to(unit_R, rows_RD), _to(counts_e, rows_RD), *leaves)
+    return y_RO.to(rows_RD.dtype)
+
+
+def _differentiate(
+    y_RO: Tensor, grad_RO: Tensor, rows_RD: Tensor, leaves: list[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of the rows and the leaves; None where none is wanted, or a leaf has none."""
+    inputs = [rows_RD, *leaves]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    if y_RO.requires_grad:
+        found = iter(torch.autograd.grad(y_RO, wanted, grad_RO.to(y_RO.dtype), allow_unused=True))
+    else:  # no rows, or experts without parameters that ignore their input
+        found = iter([None] * len(wanted))
+    grad_RD, *of_leaves = [next(found) if tensor.requires_grad else None for tensor in inputs]
+    if grad_RD is None and rows_RD.requires_grad:
+        grad_RD = torch.zeros_like(rows_RD)
+    return [grad_RD, *of_leaves]
+
+
+def _take(rows: Tensor, index: Tensor | None) -> Tensor:
+    return rows.contiguous() if index is None else rows.index_select(0, index)
+
+
+def _put(parts: list[tuple[Tensor | None, Tensor]], rows: int, in_order: bool, dtype: torch.dtype) -> Tensor:
+    """The inverse of `_take`: each row in its place; the sum (in fp32 or wider) of those that went to several."""
+    if len(parts) == 1 and parts[0][0] is None:
+        return parts[0][1]
+    index = torch.cat([index for index, _ in parts if index is not None])
+    values = torch.cat([value for _, value in parts])
+    if in_order:
+        return values.new_empty(rows, values.shape[1]).index_copy_(0, index, values)
+    count = torch.tensor([index.shape[0]], device=index.device)
+    return ops.scatter_combine(values, index, None, count, rows, dtype)
+
+
+def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if total is None or more is None:
+        return more if total is None else total
+    return total + more  # not in place: autograd may hand out one tensor twice
+
+
+def _or_zeros(gradient: Tensor | None, leaf: Tensor) -> Tensor | None:
+    return torch.zeros_like(leaf) if gradient is None and leaf.requires_grad else gradient
+
+
+def _to(tensor: Tensor | None, like: Tensor) -> Any:
+    return None if tensor is None else tensor.to(like.device)
