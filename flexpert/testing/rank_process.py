@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-# Imported before the ranks are forked: each takes a second or more, which in all ranks would look like a hang.
+# Imported before the ranks are forked: each takes a second or more, which in all ranks looks like a hang.
 MODULES = (
     "flexpert.testing",
     "torch._dynamo",
@@ -30,7 +30,7 @@ MODULES = (
 )
 LOOPBACK = "lo"
 
-Filter = tuple[Any, str, type[Warning], str, int]
+Filter = tuple[Any, str, Any, str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def _run(message: bytes, rank: int, world_size: int) -> Any:
     if dist.is_initialized():
         dist.destroy_process_group()
     call = pickle.loads(message)  # noqa: S301 - from our own parent
-    store = dist.FileStore(call.store, world_size)
+    store = dist.FileStore(call.store, world_size)  # type: ignore[attr-defined]
     limit = timedelta(seconds=call.timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
     torch.manual_seed(0)
