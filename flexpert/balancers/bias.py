@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ class BiasBalancer:
     """Raises the selection bias of underloaded experts and lowers that of overloaded ones.
 
     Call `observe` with the statistics of each micro-batch (any number of them) and `step` once per optimiser
-    step.
+    step; on several ranks each observes its own part and gives `step` their `all_reduce`. Loads are counted
+    exactly, so the biases are the same on every rank and however the batch was cut.
 
     Args:
         model: its routers with `selection_bias=True` are balanced; names are those of `named_modules`.
@@ -51,21 +52,37 @@ class BiasBalancer:
             if layer in self._routers:
                 known = True
                 previous = self._load.get(layer)
-                self._load[layer] = value.selected_E if previous is None else previous + value.selected_E
+                load_E = value.selected_E.double()  # whole numbers, exact up to 2^53
+                self._load[layer] = load_E if previous is None else previous + load_E
         if stats and not known:
             raise InputError(
                 f"stats are of layers {sorted({k for k, _ in stats})}; balanced are {sorted(self._routers)}"
             )
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Move the biases by the loads seen since the last step; without any, nothing happens."""
-        for layer, load_E in self._load.items():
+    def step(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Move the biases by the loads seen since the last step; without any, nothing happens.
+
+        Args:
+            all_reduce: the sum of an fp64 tensor over the ranks that share the batch. It is called once, so
+                every rank must come here, also one that has seen nothing.
+        """
+        loads = self._load if all_reduce is None else self._reduced(all_reduce)
+        for layer, load_E in loads.items():
             error_E = load_E.mean() - load_E
             move_E = error_E.sign() if self.rule == "sign" else error_E / load_E.mean().clamp(min=1)
             bias: Any = self._routers[layer].selection_bias
-            bias.add_(self.rate * move_E)
+            bias.add_((self.rate * move_E).to(bias.dtype))
         self._load.clear()
+
+    def _reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The loads of every balanced layer over all ranks; 0 for what this one has not seen."""
+        biases: dict[str, Any] = {name: router.selection_bias for name, router in self._routers.items()}
+        own = [
+            self._load.get(name, torch.zeros_like(bias, dtype=torch.float64)) for name, bias in biases.items()
+        ]
+        totals = all_reduce(torch.cat(own)).split([load_E.numel() for load_E in own])
+        return dict(zip(biases, totals, strict=True))
 
 
 def _layer_of(router: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,9 +27,15 @@ class RoutingContext:
         task: name or number of the task, for routers and statistics keyed by it.
         modality_ids: int64 (T,), the modality of each token.
         step: optimiser step, a number or an int64 scalar (which a compiled graph need not specialise on).
-            Noise drawn with a step depends only on (layer, step, token), so it is the same on any number of
-            ranks and in a recomputation; without one it comes from `generator`.
+            Noise drawn with a step depends only on (layer, step, token), so it is the same in a
+            recomputation and, with `samples`, on any number of ranks; without one it comes from `generator`.
         generator: source of noise where `step` is None; None means the global generator.
+        samples: (first, end), the place of this call's samples in the batch that the ranks (or micro-batches)
+            of one step share; noise then goes by the token's place in that batch. Every sample has the same
+            number of tokens; end == first for a call without any. None: the call is the batch.
+        all_reduce: the differentiable sum, over the ranks that share the batch, of a tensor of equal shape on
+            each; its backward sums the gradients over them likewise. For losses of the scope "global". None:
+            one process has the batch.
         top_k: experts per token for this call.
         capacity_factor: as in `MoEConfig`, for this call; None means dropless.
         expert_mask: bool (E,) or (T, E), True for an expert that may be chosen.
@@ -48,6 +54,8 @@ class RoutingContext:
     modality_ids: Tensor | None = None
     step: int | Tensor | None = None
     generator: torch.Generator | None = None
+    samples: tuple[int, int] | None = None
+    all_reduce: Callable[[Tensor], Tensor] | None = None
     top_k: int | UnsetType = UNSET
     capacity_factor: float | None | UnsetType = UNSET
     expert_mask: Tensor | None = None
@@ -73,14 +81,16 @@ class RoutingContext:
             leading: the input's shape without its last dimension.
 
         Raises:
-            InputError: a tensor of another shape or dtype, a number of groups that does not divide the
-                tokens.
+            InputError: a tensor of another shape or dtype, a number of groups or samples that does not
+                divide the tokens.
         """
         tokens = math.prod(leading)
         if self.num_groups < 1 or tokens % self.num_groups:
             raise InputError(
                 f"num_groups={self.num_groups} must be at least 1 and divide the call's {tokens} tokens"
             )
+        if self.samples is not None:
+            _check_samples(self.samples, tokens)
         flat = {
             name: _flatten(name, tensor, leading)
             for name in ("mask", "token_ids", "modality_ids")
@@ -101,6 +111,17 @@ class RoutingContext:
             return self
         return dataclasses.replace(self, sequence_length=length, **flat)  # type: ignore[arg-type]
 
+    def first_token(self, tokens: int) -> int:
+        """The place of this call's first token in the batch that `samples` counts in; 0 without it.
+
+        Args:
+            tokens: T.
+        """
+        if self.samples is None:
+            return 0
+        first, end = self.samples
+        return tokens // max(end - first, 1) * first
+
     def hide_padding(self, x_TD: Tensor) -> Tensor:
         """The tokens with 0 for padding, so that nothing it holds, NaN included, reaches a real token."""
         return x_TD if self.mask is None else x_TD.masked_fill(~self.mask[:, None], 0.0)
@@ -120,6 +141,19 @@ def _flatten(name: str, tensor: Tensor, leading: Sequence[int]) -> Tensor:
     if name.endswith("_ids") and (tensor.is_floating_point() or tensor.dtype is torch.bool):
         raise InputError(f"{name} has dtype {tensor.dtype}; expected torch.int64")
     return tensor.reshape(-1)
+
+
+def _check_samples(samples: tuple[int, int], tokens: int) -> None:
+    if not (isinstance(samples, tuple) and [isinstance(place, int) for place in samples] == [True, True]):
+        raise InputError(f"samples={samples!r}: expected two integers (first, end)")
+    first, end = samples
+    if not 0 <= first <= end:
+        raise InputError(f"samples={samples!r}: expected 0 <= first <= end")
+    count = end - first
+    if (tokens % count if count else tokens) != 0:
+        raise InputError(
+            f"samples={samples!r}: the call's {tokens} tokens cannot be {count} samples of one length"
+        )
 
 
 def _check_bool(name: str, tensor: Tensor, meaning: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .context import RoutingContext
 from .routing import AnyRouting, CapacityRouting, DenseRouting
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,37 @@ class RoutingStats:
         """Dropped share of all assignments."""
         return self.dropped / self.selected_E.sum().clamp(min=1)
 
+    def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> RoutingStats:
+        """The statistics of the whole batch on every rank that has a part of it; see `reduce_stats`."""
+        return reduce_stats({0: self}, all_reduce)[0]
+
+
+@torch.no_grad()
+def reduce_stats(
+    stats: Mapping[Key, RoutingStats], all_reduce: Callable[[Tensor], Tensor]
+) -> dict[Key, RoutingStats]:
+    """Statistics of a batch from those of its parts on several ranks, by one reduction for all layers.
+
+    Args:
+        stats: of this rank, the same layers in the same order on each; its part may be empty.
+        all_reduce: the sum of a tensor over the ranks that share the batch.
+
+    Returns:
+        Of the whole batch, the same on every rank: rows, choices, tokens, drops and capacity summed, entropy
+        as the mean over all tokens, the violation of the summed choices.
+    """
+    if not stats:
+        return {}
+    sums = [_to_sums(part) for part in stats.values()]
+    totals = all_reduce(torch.cat(sums)).split([part.numel() for part in sums])
+    return {key: _from_sums(total) for key, total in zip(stats, totals, strict=True)}
+
+
+@torch.no_grad()
+def merge_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
+    """Statistics of a batch from those of its parts in one process: at least one, of one layer."""
+    return _from_sums(torch.stack([_to_sums(part) for part in parts]).sum(0))
+
 
 def selected_counts(routing: AnyRouting, num_sequences: int = 1) -> Tensor:
     """Choices per sequence and expert before drops, fp32 (B, E); tokens are cut into B equal sequences."""
@@ -55,6 +90,32 @@ def selected_counts(routing: AnyRouting, num_sequences: int = 1) -> Tensor:
     flat = torch.zeros(num_sequences * (num_experts + 1), device=index_N.device)
     flat = flat.scatter_add_(0, index_N, torch.ones_like(index_N, dtype=flat.dtype))
     return flat.view(num_sequences, -1)[:, :num_experts]
+
+
+def _to_sums(stats: RoutingStats) -> Tensor:
+    """(2 E + 4,) values that add up over the parts of a batch."""
+    entropy = stats.entropy * stats.tokens
+    scalars = torch.stack([stats.tokens, stats.dropped, stats.capacity, entropy])
+    return torch.cat([stats.load_E, stats.selected_E, scalars])
+
+
+def _from_sums(sums: Tensor) -> RoutingStats:
+    tokens, dropped, capacity, entropy = sums[-4:]
+    load_E, selected_E = sums[:-4].chunk(2)
+    return RoutingStats(
+        load_E=load_E,
+        selected_E=selected_E,
+        tokens=tokens,
+        dropped=dropped,
+        entropy=entropy / tokens.clamp(min=1),
+        max_violation=_violation(selected_E),
+        capacity=capacity,
+    )
+
+
+def _violation(selected_E: Tensor) -> Tensor:
+    mean = selected_E.mean()
+    return torch.where(mean > 0, selected_E.max() / mean.clamp(min=1e-20) - 1, 0.0)
 
 
 @torch.no_grad()
@@ -75,8 +136,6 @@ def measure(routing: AnyRouting, context: RoutingContext) -> RoutingStats:
         if context.mask is not None:
             entropy_T = torch.where(context.mask, entropy_T, 0.0)
         entropy = entropy_T.sum() / tokens.clamp(min=1)
-    mean = selected_E.mean()
-    violation = torch.where(mean > 0, selected_E.max() / mean.clamp(min=1e-20) - 1, zero)
     capacity = routing.capacity_E.sum().float() if isinstance(routing, CapacityRouting) else zero
     dropped = (selected_E.sum() - load_E.sum()).clamp(min=0)
     return RoutingStats(
@@ -85,6 +144,6 @@ def measure(routing: AnyRouting, context: RoutingContext) -> RoutingStats:
         tokens=tokens,
         dropped=dropped,
         entropy=entropy,
-        max_violation=violation,
+        max_violation=_violation(selected_E),
         capacity=capacity,
     )

@@ -14,7 +14,7 @@ from flexpert.core.registry import LOSSES, check_options, keyword_names, split_s
 from flexpert.core.routing import AnyRouting
 
 from .balance import balance, balance_first_choice
-from .common import check_scope
+from .common import SCOPES, check_scope
 from .entropy import entropy
 from .importance_load import importance_load
 from .z import z_loss
@@ -38,6 +38,6 @@ def build_losses(config: MoEConfig) -> dict[str, Loss]:
             raise ConfigError(f"loss {label!r} is named twice; give each a 'label' of its own")
         term = LOSSES.get(name)
         check_options(f"loss {name!r}", options, keyword_names(term))
-        check_scope(options.get("scope", "micro_batch"))
+        check_scope(options.get("scope", "micro_batch"), getattr(term, "scopes", SCOPES))
         terms[label] = partial(term, **options) if options else term
     return terms

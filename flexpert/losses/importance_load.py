@@ -12,11 +12,14 @@ from flexpert.core.errors import InputError
 from flexpert.core.registry import LOSSES
 from flexpert.core.routing import AnyRouting
 
-from .common import logits_of, real
+from .common import BATCH_SCOPES, check_scope, logits_of, over_ranks, real, with_scopes
 
 
 @LOSSES.register("importance_load")
-def importance_load(routing: AnyRouting, context: RoutingContext, *, mixed: bool = False) -> Tensor:
+@with_scopes(BATCH_SCOPES)
+def importance_load(
+    routing: AnyRouting, context: RoutingContext, *, mixed: bool = False, scope: str = "micro_batch"
+) -> Tensor:
     """(CV^2(importance) + CV^2(load)) / 2, with CV^2 = variance / (mean^2 + 1e-10); 0 at perfect balance.
 
     importance_e = sum_t p_te from the logits without noise. load_e = sum_t Phi((z_te - tau_t) / std): the
@@ -26,15 +29,17 @@ def importance_load(routing: AnyRouting, context: RoutingContext, *, mixed: bool
     Args:
         mixed: use p_te in place of z_te in the load, comparing a probability with a logit, as the released
             code of Tutel does; to reproduce models trained with it.
+        scope: "micro_batch", or "global": importance and load are those of the batch that all ranks share.
 
     Raises:
         InputError: a router without gate noise.
     """
+    check_scope(scope, BATCH_SCOPES)
     noisy_TE = logits_of(routing, "importance_load")
     if "noise_std" not in routing.aux:
         raise InputError("loss 'importance_load' needs a router with gate_noise > 0 or learned_noise=True")
     clean_TE, std = routing.aux["clean_logits_TE"], routing.aux["noise_std"]
-    if noisy_TE.shape[0] == 0 or noisy_TE.shape[1] == 1:
+    if noisy_TE.shape[1] == 1:
         return noisy_TE.sum() * 0.0
     ids_TK = routing.aux["ids_TK"]
     chosen_TK = noisy_TE.gather(1, ids_TK.clamp(max=noisy_TE.shape[1] - 1))
@@ -43,8 +48,8 @@ def importance_load(routing: AnyRouting, context: RoutingContext, *, mixed: bool
     probs_TE = clean_TE.softmax(-1)
     value_TE = probs_TE if mixed else clean_TE
     load_TE = torch.special.ndtr((value_TE - tau_T1) / std)
-    terms = [_squared_cv(real(part, context)[0].sum(0)) for part in (probs_TE, load_TE)]
-    return cast(Tensor, sum(terms)) / 2
+    parts = over_ranks(scope, context, *(real(part, context)[0].sum(0) for part in (probs_TE, load_TE)))
+    return cast(Tensor, sum(_squared_cv(part_E) for part_E in parts)) / 2
 
 
 def _squared_cv(values_E: Tensor) -> Tensor:

@@ -55,6 +55,6 @@ def call_key(context: RoutingContext, seed: int, device: torch.device) -> Tensor
     return torch.randint(2**62, (), generator=context.generator, device=source).to(device)
 
 
-def counters(rows: int, columns: int, device: torch.device) -> Tensor:
-    """int64 (rows, columns): a different counter for each place."""
-    return torch.arange(rows * columns, device=device).view(rows, columns)
+def counters(rows: int, columns: int, device: torch.device, first: int = 0) -> Tensor:
+    """int64 (rows, columns): a different counter for each place; those of the rows from `first` on."""
+    return torch.arange(rows * columns, device=device).view(rows, columns) + first * columns

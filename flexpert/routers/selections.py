@@ -147,7 +147,8 @@ class Random(Selection):
     def __call__(self, ranking_TE: Tensor, top_k: int, context: RoutingContext, key: Key) -> Tensor:
         """ids (T, K)."""
         tokens, num_experts = ranking_TE.shape
-        random_TE = noise.uniform(key(), noise.counters(tokens, num_experts, ranking_TE.device))
+        first = context.first_token(tokens)
+        random_TE = noise.uniform(key(), noise.counters(tokens, num_experts, ranking_TE.device, first))
         return best(random_TE.masked_fill(ranking_TE == float("-inf"), -1.0), top_k, context)
 
 
@@ -158,7 +159,7 @@ class Balanced(Selection):
         """ids (T, K)."""
         refuse(context, "selection 'balanced'", "ranks")
         tokens, num_experts = ranking_TE.shape
-        return noise.counters(tokens, top_k, ranking_TE.device) % num_experts
+        return noise.counters(tokens, top_k, ranking_TE.device, context.first_token(tokens)) % num_experts
 
 
 SELECTIONS = {

@@ -146,9 +146,10 @@ class TokenChoiceRouter(Router):
 
     def _logits(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits without noise, with noise, and the noise's standard deviation where the router has any."""
+        first = context.first_token(x_TD.shape[0])
         if self.training and self.input_jitter:
             key = noise.call_key(context, self.seeds["jitter"], x_TD.device)
-            u_TD = noise.uniform(key, noise.counters(*x_TD.shape, x_TD.device))
+            u_TD = noise.uniform(key, noise.counters(*x_TD.shape, x_TD.device, first=first))
             x_TD = x_TD.to(routing_dtype(x_TD.dtype)) * (1 + self.input_jitter * (2 * u_TD - 1))
         clean_TE = self.score(x_TD, context)
         std: Tensor | None = None
@@ -159,7 +160,7 @@ class TokenChoiceRouter(Router):
         if std is None or not self.training:
             return clean_TE, clean_TE, std
         key = noise.call_key(context, self.seeds["gate"], x_TD.device)
-        noise_TE = noise.normal(key, noise.counters(*clean_TE.shape, x_TD.device))
+        noise_TE = noise.normal(key, noise.counters(*clean_TE.shape, x_TD.device, first=first))
         return clean_TE, clean_TE + std * noise_TE.to(clean_TE.dtype), std
 
     def _is_plain(self, context: RoutingContext) -> bool:

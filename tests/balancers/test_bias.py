@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flexpert import BiasBalancer, ConfigError, InputError, MoE, MoEConfig, RoutingContext, routing_scope
+from tests.ranks import run_ranks
 
 D, E = 8, 6
 
@@ -158,3 +159,43 @@ def test_bad_arguments():
     _, info = layer(data(), return_info=True)
     with pytest.raises(InputError, match=r"stats are of layers \['other'\]; balanced are \[''\]"):
         BiasBalancer(layer).observe({("other", 0): info.stats})
+
+
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
+def test_ranks_and_micro_batches_move_the_bias_as_one_process_does(rule):
+    x = data(60)
+    parts = [[x[:7], x[7:30]], [], [x[30:30], x[30:60]]]  # of three ranks, of which one sees nothing
+    net = Net()
+    with routing_scope(net) as scope:
+        net(x)
+    alone = BiasBalancer(net, rate=0.3, rule=rule)
+    alone.observe(scope.stats)
+    alone.step()
+
+    nets = [Net() for _ in parts]  # before the threads start: a net seeds the global generator
+
+    def work(rank, all_reduce):
+        own = nets[rank]
+        balancer = BiasBalancer(own, rate=0.3, rule=rule)
+        for part in parts[rank]:
+            with routing_scope(own) as scope:
+                own(part)
+            balancer.observe(scope.stats)
+        balancer.step(all_reduce)
+
+    run_ranks(3, work)
+    for own in nets:
+        for got, want in ((own.router, net.router), (own.blocks[0], net.blocks[0])):
+            assert want.router.selection_bias.count_nonzero() > 0
+            assert torch.equal(got.router.selection_bias, want.router.selection_bias)
+
+
+def test_a_step_over_ranks_ends_what_was_observed():
+    layer = make_layer()
+    balancer = BiasBalancer(layer)
+    balancer.observe({("", 0): layer(data(), return_info=True)[1].stats})
+    balancer.step(lambda load: load)
+    moved = layer.router.selection_bias.clone()
+    assert moved.count_nonzero() > 0
+    balancer.step(lambda load: load)
+    assert torch.equal(layer.router.selection_bias, moved)

@@ -70,12 +70,29 @@ def test_one_token_without_leading_dimensions():
         ({"num_groups": 4}, "num_groups=4 must be at least 1 and divide the call's 6 tokens"),
         ({"num_groups": 0}, "num_groups=0 must be at least 1"),
         ({"sequence_length": 0}, "sequence_length=0: expected at least 1"),
+        ({"samples": (0, 4)}, r"samples=\(0, 4\): the call's 6 tokens cannot be 4 samples"),
+        ({"samples": (2, 2)}, r"samples=\(2, 2\): the call's 6 tokens cannot be 0 samples"),
+        ({"samples": (3, 1)}, r"samples=\(3, 1\): expected 0 <= first <= end"),
+        ({"samples": (-2, 0)}, r"samples=\(-2, 0\): expected 0 <= first <= end"),
+        ({"samples": 3}, r"samples=3: expected two integers \(first, end\)"),
+        ({"samples": (0, 1, 2)}, r"samples=\(0, 1, 2\): expected two integers"),
+        ({"samples": (None, 2)}, r"samples=\(None, 2\): expected two integers"),
+        ({"samples": (0.0, 2.0)}, r"samples=\(0.0, 2.0\): expected two integers"),
     ],
 )
 def test_what_does_not_fit(facts, message):
     layer = MoE(MoEConfig(model_dim=3, hidden_dim=4, num_experts=4))
     with pytest.raises(InputError, match=message):
         layer(torch.randn(2, 3, 3), context=RoutingContext(**facts))
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens", "first"),
+    [(None, 6, 0), ((0, 3), 6, 0), ((4, 7), 6, 8), ((4, 4), 0, 0), ((4, 6), 0, 0)],
+)
+def test_place_of_the_first_token(samples, tokens, first):
+    context = RoutingContext(samples=samples).for_tokens((tokens,))
+    assert context.first_token(tokens) == first
 
 
 def test_overrides():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from flexpert import MoE, MoEConfig, RoutingContext
-from flexpert.core.stats import selected_counts
+from flexpert.core.stats import merge_stats, reduce_stats, selected_counts
+from flexpert.testing import assert_close
+from tests.ranks import run_ranks
 
 D, E = 5, 4
 
@@ -73,3 +76,52 @@ def test_counts_of_each_sequence(router):
     if router == "linear":
         for i, ids in enumerate(routing.aux["ids_TK"].view(3, -1)):
             assert parts[i].tolist() == torch.bincount(ids, minlength=E).tolist()
+
+
+def stats_of(layer, x, **facts):
+    return layer(x, context=RoutingContext(**facts), return_info=True)[1].stats
+
+
+@pytest.mark.parametrize(
+    ("cuts", "capacity_factor"), [((0, 4, 8, 12), 0.5), ((0, 1, 12, 12), None), ((0, 0, 0, 0), None)]
+)
+@pytest.mark.parametrize("router", ["linear", "soft", {"name": "linear", "selection": "top_p"}])
+def test_parts_add_up_to_the_whole(router, cuts, capacity_factor):
+    torch.manual_seed(0)
+    config = MoEConfig(model_dim=D, hidden_dim=4, num_experts=E, router=router)
+    layer, x = MoE(config).double(), torch.randn(cuts[-1], 2, D).double() + 1
+    mask = torch.rand(cuts[-1], 2) > 0.3
+    limit = {} if router == "soft" else {"capacity_factor": capacity_factor}
+    groups = 1 if capacity_factor is None else 3
+    whole = stats_of(layer, x, mask=mask, num_groups=groups, sequence_length=2, **limit)
+    parts = [
+        stats_of(layer, x[first:end], mask=mask[first:end], sequence_length=2, **limit)
+        for first, end in itertools.pairwise(cuts)
+    ]
+    merged = merge_stats(parts)
+    reduced = run_ranks(3, lambda rank, all_reduce: parts[rank].reduced(all_reduce))
+    assert groups == 1 or router == "soft" or whole.dropped > 0
+    for got in (merged, *reduced):
+        assert vars(got).keys() == vars(whole).keys()
+        for name, value in vars(whole).items():
+            assert_close(getattr(got, name), value, name=name)
+            assert not getattr(got, name).requires_grad
+
+
+def test_one_reduction_for_all_layers():
+    layers = [MoE(MoEConfig(model_dim=D, hidden_dim=4, num_experts=n)) for n in (3, 5)]
+    x, calls = torch.randn(6, D), []
+
+    def work(rank, all_reduce):
+        def counting(value):
+            calls.append(rank)
+            return all_reduce(value)
+
+        part = x[rank * 2 : 6 if rank else 2]
+        return reduce_stats({i: stats_of(layer, part) for i, layer in enumerate(layers)}, counting)
+
+    for reduced in run_ranks(2, work):
+        for i, layer in enumerate(layers):
+            assert torch.equal(reduced[i].load_E, stats_of(layer, x).load_E)
+    assert sorted(calls) == [0, 1]
+    assert reduce_stats({}, None) == {}

@@ -197,7 +197,10 @@ def test_routings_without_ids_are_counted_by_their_rows():
             [{"name": "balance", "scop": "sequence"}],
             "loss 'balance': unknown option 'scop'; did you mean 'scope'",
         ),
-        ([{"name": "balance", "scope": "batch"}], "scope='batch': expected one of micro_batch, sequence"),
+        (
+            [{"name": "balance", "scope": "batch"}],
+            "scope='batch': expected one of micro_batch, sequence, global",
+        ),
         (["balance", "balance"], "loss 'balance' is named twice; give each a 'label'"),
     ],
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import pytest
 import torch
 
-from flexpert import RoutingContext
+from flexpert import MoE, MoEConfig, RoutingContext
 from flexpert.routers import noise
+from flexpert.testing import assert_close
 
 WORD = 2**64
 
@@ -113,3 +116,47 @@ def test_key_of_a_generator():
     torch.manual_seed(0)
     assert drawn == [int(noise.call_key(RoutingContext(), 11, cpu)) for _ in range(2)]
     assert drawn[0] != drawn[1]
+
+
+NOISES = {
+    "gate_noise": {"gate_noise": 4.0},
+    "learned_noise": {"learned_noise": True},
+    "input_jitter": {"input_jitter": 0.5},
+    "jitter_and_gate_noise": {"gate_noise": 2.0, "input_jitter": 0.3},
+    "random": {"selection": "random"},
+    "balanced": {"selection": "balanced"},
+}
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (9, 2, 3), (9,)])
+@pytest.mark.parametrize("cuts", [(0, 3, 6, 9), (0, 5, 5, 6, 9), (0, 0, 8, 9)], ids=str)
+@pytest.mark.parametrize("options", NOISES.values(), ids=NOISES)
+def test_parts_of_a_batch_get_the_noise_of_the_whole(options, cuts, shape):
+    torch.manual_seed(0)
+    router = {"name": "linear", **options}
+    moe = MoE(MoEConfig(model_dim=7, hidden_dim=4, num_experts=7, top_k=2, router=router)).double()
+    x = torch.randn(*shape, 7, dtype=torch.float64)
+    whole = moe(x, context=RoutingContext(step=11), return_info=True)[1].routing
+    parts, apart = [], []
+    for first, end in itertools.pairwise(cuts):
+        for samples, kept in (((first, end), parts), (None, apart)):
+            context = RoutingContext(step=11, samples=samples)
+            kept.append(moe(x[first:end], context=context, return_info=True)[1].routing)
+    for name in ("logits_TE", "probs_TE"):
+        assert_close(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert torch.equal(torch.cat([part.aux["ids_TK"] for part in parts]), whole.aux["ids_TK"])
+    # Without their places the parts would repeat the first one's noise.
+    ids = torch.cat([part.aux["ids_TK"] for part in apart])
+    logits = torch.cat([part.logits_TE for part in apart])
+    assert not (torch.equal(ids, whole.aux["ids_TK"]) and torch.allclose(logits, whole.logits_TE))
+
+
+def test_micro_batches_of_a_step_do_not_share_their_noise():
+    router = {"name": "linear", "gate_noise": 1.0}
+    moe = MoE(MoEConfig(model_dim=7, hidden_dim=4, num_experts=6, router=router))
+    x = torch.randn(1, 4, 7).expand(2, 4, 7)
+    one, two = (
+        moe(x[i : i + 1], context=RoutingContext(step=0, samples=(i, i + 1)), return_info=True)[1].routing
+        for i in range(2)
+    )
+    assert (one.logits_TE != two.logits_TE).all()
