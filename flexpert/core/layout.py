@@ -10,10 +10,10 @@ class ParamLayout:
     """A parameter stacked over the experts of a bank, (E, ...): cut on dimension 0, and perhaps on another.
 
     Attributes:
-        slice_dim: the dimension that is cut where ranks share an expert (its hidden dimension); None: whole on
-            each of these ranks.
-        once: of a parameter that is whole: it enters the sum over slices once, so that the first slice uses it
-            and the others use 0 (an output bias). False: every slice computes with it.
+        slice_dim: the dimension that is cut where ranks share an expert (its hidden dimension); None: whole
+            on each of these ranks.
+        once: of a parameter that is whole: it enters the sum over slices once, so that the first slice uses
+            it and the others use 0 (an output bias). False: every slice computes with it.
     """
 
     slice_dim: int | None

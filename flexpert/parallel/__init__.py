@@ -1,5 +1,22 @@
-"""Execution over several ranks: groups of ranks, transports of rows between them, layouts and plans.
+"""Experts over many ranks: one layout of parameters, every parallelism, switched from call to call."""
 
-Letters: P ranks of a group, by position; L of them on one node; N rows to send, M rows received; C classes of
-rows (the experts of a destination); D columns; H numbers of a header.
-"""
+from __future__ import annotations
+
+from flexpert.core.plan import ExecutionPlan
+
+from .gradients import clip_grad_norm_, groups_by_mesh, loss_weight, no_sync
+from .mesh import ExpertMesh, expert_mesh
+from .parallelize import parallelize
+from .transport import ExpertParallel
+
+__all__ = [
+    "ExecutionPlan",
+    "ExpertMesh",
+    "ExpertParallel",
+    "clip_grad_norm_",
+    "expert_mesh",
+    "groups_by_mesh",
+    "loss_weight",
+    "no_sync",
+    "parallelize",
+]

@@ -1,9 +1,9 @@
 """One gradient contract: after backward a parameter's gradient is the mean over all ranks of d(local loss).
 
-Dense layers get that from DistributedDataParallel or FSDP. Expert parameters get their replica's sum, divided, in
-the collectives of their own backward; what is left is the mean over ranks with equal copies, taken here once per
-backward. A mean of what is already equal changes nothing, so gradients may be accumulated over several
-backward passes with or without it in between.
+Dense layers get that from DistributedDataParallel or FSDP. Expert parameters get their replica's sum,
+divided, in the collectives of their own backward; what is left is the mean over ranks with equal copies, taken
+here once per backward. A mean of what is already equal changes nothing, so gradients may be accumulated over
+several backward passes with or without it in between.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class GradientSync:
         self._count = 0
 
     def watch(self, parameter: nn.Parameter, group: Group) -> None:
-        """Average this parameter's gradient over the ranks of a group, all of which watch it in this order."""
+        """Average this parameter's gradient over a group, whose ranks all watch it in this order."""
         if group.size == 1:
             return
         place, self._count = self._count, self._count + 1
@@ -89,8 +89,8 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale all gradients so that their joint 2-norm, over every mesh, is at most `max_norm`.
 
-    It is the norm that one process would have: a gradient that is cut over ranks counts with all its parts, one
-    that several ranks have copies of counts once. All ranks must call it.
+    It is the norm that one process would have: a gradient that is cut over ranks counts with all its parts,
+    one that several ranks have copies of counts once. All ranks must call it.
 
     Args:
         parameters: the model, or its parameters; plain tensors (equal on all ranks) and DTensors of any
@@ -133,10 +133,10 @@ def clip_grad_norm_(
 
 
 def loss_weight(count: int, mesh: ExpertMesh) -> float:
-    """The factor on a mean over `count` local tokens (or samples) that makes the mean over ranks the global one.
+    """The factor on a mean over `count` local tokens (or samples) that makes the mean over ranks global.
 
     Ranks with unequal numbers of tokens would otherwise count each token of a small rank more than one of a
-    large rank: W * count / (sum of all ranks' counts). All ranks of the mesh must call it. 0 for no tokens.
+    large rank: W * count / (sum of all ranks' counts); 0 for no tokens. All ranks of the mesh must call it.
 
     Args:
         count: what the local loss is a mean over; >= 0.

@@ -24,9 +24,14 @@ class Bank(Protocol):
     sliceable: bool
     row_independent: bool
 
-    def layout(self) -> Mapping[str, ParamLayout]: ...
-    def groups(self) -> Mapping[str, Any]: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def layout(self) -> Mapping[str, ParamLayout]:
+        """How each parameter is cut over ranks."""
+
+    def groups(self) -> Mapping[str, Any]:
+        """The banks this one is made of."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of `nn.Module`."""
 
 
 def placements(layout: ParamLayout) -> list[Placement]:
@@ -56,8 +61,8 @@ def check_bank(name: str, bank: Bank, mesh: ExpertMesh) -> None:
             size = None if layout.slice_dim is None else parameters[parameter].shape[layout.slice_dim]
             if size is not None and size % mesh.slices:
                 raise ConfigError(
-                    f"{where}.{parameter} has a hidden dimension of {size}, which {mesh.slices} slices do not "
-                    f"divide; choose a hidden_dim that is a multiple of {mesh.slices}, or fewer slices"
+                    f"{where}.{parameter} has a hidden dimension of {size}, which {mesh.slices} slices do "
+                    f"not divide; choose a hidden_dim that is a multiple of {mesh.slices}, or fewer slices"
                 )
 
 

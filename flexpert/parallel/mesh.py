@@ -39,8 +39,8 @@ class ExpertMesh:
         whole: the X S ranks of this replica: tokens are exchanged among them.
         column: the X ranks with the same slice.
         blocks: B -> the B neighbouring slices around this rank, for every divisor B of S.
-        same_slice, same_expert: the ranks with equal copies of a parameter that is cut into slices, and of one
-            that is whole on each slice.
+        same_slice, same_expert: the ranks with equal copies of a parameter that is cut into slices, and of
+            one that is whole on each slice.
         everyone: all W ranks; the batch is spread over them.
         traffic: bytes that this rank sent.
         why_not_2dh: None, or why the hierarchical all-to-all cannot run here.
@@ -217,8 +217,8 @@ def _shape(num_experts: int, world: int, replicas: int, slices: int | None) -> t
                 n for n in range(1, 2 * max(num_experts, share)) if not (num_experts % n and n % num_experts)
             ]
             raise ConfigError(
-                f"{num_experts} experts on {share} ranks: one number must divide the other; with {num_experts} "
-                f"experts legal are {legal} ranks per replica (change num_experts, the ranks or replicas)"
+                f"{num_experts} experts on {share} ranks: one number must divide the other; with "
+                f"{num_experts} experts legal are {legal} ranks per replica (change num_experts, the ranks or replicas)"
             )
         slices = max(1, share // num_experts)
     if share % slices or num_experts % (share // slices):

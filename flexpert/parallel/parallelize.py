@@ -34,8 +34,8 @@ def parallelize(
 ) -> nn.Module:
     """Lay every MoE layer of a model out over a mesh, and wrap the rest for data parallelism; in place.
 
-    All ranks call it with the same model: built from the same seed, or loaded from the same checkpoint. Expert
-    parameters become DTensors on the mesh; the optimiser is built after this. Router, shared experts,
+    All ranks call it with the same model: built from the same seed, or loaded from the same checkpoint.
+    Expert parameters become DTensors on the mesh; the optimiser is built after this. Router, shared experts,
     zero-computation experts and experts that are modules of their own stay dense.
 
     Args:

@@ -9,6 +9,7 @@ Letters: N rows of this rank, R rows that arrive on it, D and O widths, P ranks,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from flexpert import ops
 
-from . import timeline
 from .all_to_all import Splits
 from .codec import CODECS
 from .mesh import Algorithm
+from .timeline import active_timeline
 
 # (rows_RD, unit_R, counts_e, *weights) -> (R, O): the experts' results in the rows' places
 Compute = Callable[..., Tensor]
@@ -101,7 +102,7 @@ class _Run(torch.autograd.Function):
         returning = []
         for chunk in chunks:
             arrived_RD = sent[chunk].wait().requires_grad_(ctx.needs_input_grad[1])
-            with torch.set_grad_enabled(differentiates), timeline.span("experts", chunk=chunk):
+            with torch.set_grad_enabled(differentiates), _span("experts", chunk):
                 y_RO = _experts(exchange, arrived_RD, leaves, chunk)
             ctx.chunks.append((arrived_RD, y_RO) if differentiates else None)
             returning.append(exchange.start(y_RO.detach(), chunk, reverse=True))
@@ -120,7 +121,7 @@ class _Run(torch.autograd.Function):
         for chunk in chunks:
             arrived_RD, y_RO = ctx.chunks[chunk]
             grad_RO = sent[chunk].wait()
-            with timeline.span("experts backward", chunk=chunk):
+            with _span("experts backward", chunk):
                 grad_RD, *of_leaves = _differentiate(y_RO, grad_RO, arrived_RD, ctx.leaves)
             ctx.chunks[chunk] = None  # its memory is free now
             gradients = [_add(a, b) for a, b in zip(gradients, of_leaves, strict=True)]
@@ -165,7 +166,7 @@ def _take(rows: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _put(parts: list[tuple[Tensor | None, Tensor]], rows: int, in_order: bool, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_take`: each row in its place; the sum (in fp32 or wider) of those that went to several."""
+    """The inverse of `_take`: each row in its place; of one that went to several ranks, the sum."""
     if len(parts) == 1 and parts[0][0] is None:
         return parts[0][1]
     index = torch.cat([index for index, _ in parts if index is not None])
@@ -184,6 +185,11 @@ def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
 
 def _or_zeros(gradient: Tensor | None, leaf: Tensor) -> Tensor | None:
     return torch.zeros_like(leaf) if gradient is None and leaf.requires_grad else gradient
+
+
+def _span(name: str, chunk: int) -> AbstractContextManager[None]:
+    timeline = active_timeline()
+    return nullcontext() if timeline is None else timeline.span(name, chunk)
 
 
 def _to(tensor: Tensor | None, like: Tensor) -> Any:

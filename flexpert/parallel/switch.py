@@ -1,6 +1,7 @@
 """Switching r: which parameters a rank gathers for a call, and which ranks its rows go to.
 
-Letters: E experts of a group, e of them on one rank, S slices, X expert ranks, P = X S ranks that exchange rows.
+Letters: E experts of a group, e of them on one rank, S slices, X expert ranks, P = X S ranks that exchange
+rows.
 With r >= 1 the S slices of an expert form r blocks of S / r neighbours. A block gathers its slices, so that
 each of its members computes one r-th of the hidden dimension; the blocks together compute all of it, and the
 sources are dealt out over the members.

@@ -1,0 +1,125 @@
+"""Every plan on every world gives what one process gives on the concatenated batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from flexpert.testing import assert_close, run_ranks
+from tests.parallel.cases import batch_context, on_one_process, on_ranks
+
+PLANS = [
+    {"r": r, "degree": degree, "capacity": capacity}
+    for r, degree, capacity in itertools.product((0, 1, 2), (1, 3), ("ragged", "padded"))
+    if r or degree == 1
+]
+
+
+def plans(*legal, algorithms=("linear",)):
+    return [{**plan, "algorithm": a} for plan in PLANS if plan["r"] in legal for a in algorithms]
+
+
+def check(kind, counts, todo, *, context=None, norm=None, tolerance=1e-11, **settings):
+    options = settings.pop("options", {})
+    dtype = settings.get("dtype", torch.float64)
+    want = on_one_process(kind, counts, dtype=dtype, context=context, norm=norm, **options)
+    ranks = run_ranks(
+        _on_ranks, len(counts), kind, counts, todo, {"norm": norm, "options": options, **settings}
+    )
+    assert not any(moved for _, moved in ranks), "switching moved a parameter"
+    for i, plan in enumerate(todo):
+        results = [result[i] for result, _ in ranks]
+        for name in ("output", "input gradient"):
+            got = torch.cat([result[name] for result in results])
+            assert_close(got, want[name], tolerance, name=f"{plan}: {name}")
+        for rank, result in enumerate(results):
+            for name in ("gradients", "parameters"):
+                assert result[name].keys() == want[name].keys(), (plan, rank)
+                for key, value in want[name].items():
+                    scale = 1e-3 * float(value.norm() + 1)
+                    assert_close(
+                        result[name][key], value, tolerance, scale=scale, name=f"{plan} {rank} {name} {key}"
+                    )
+            if norm:
+                assert_close(result["norm"], want["norm"], 1e-6, name=f"{plan} {rank}: norm")
+
+
+def _on_ranks(kind, counts, todo, settings):
+    return on_ranks(kind, counts, todo, **settings)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "glu", "mixed"])
+@pytest.mark.parametrize("counts", [[4, 4], [5, 0], [1, 6]], ids=str)
+def test_two_ranks(kind, counts):
+    check(kind, counts, plans(0, 1), norm=0.5)
+
+
+def test_modules_of_their_own():
+    check("modules", [4, 3], plans(0, 1))
+
+
+@pytest.mark.parametrize("bias", [False, "b1", "b2"])
+@pytest.mark.parametrize("kind", ["mlp", "glu"])
+def test_slices(kind, bias):
+    mesh = {"num_experts": 4, "slices": 2}
+    check(kind, [4, 5], plans(0, 1, 2), mesh=mesh, options={"expert_bias": bias})
+
+
+@pytest.mark.parametrize(
+    ("mesh", "legal"),
+    [
+        ({"num_experts": 4}, (0, 1)),
+        ({"num_experts": 4, "replicas": 2}, (0, 1)),
+        ({"num_experts": 4, "slices": 2}, (0, 1, 2)),
+        ({"num_experts": 4, "slices": 4}, (0, 1, 2, 4)),
+        ({"num_experts": 4, "replicas": 2, "slices": 2}, (0, 1, 2)),
+    ],
+    ids=str,
+)
+def test_four_ranks(mesh, legal):
+    todo = [{"r": r, "degree": d, "capacity": c} for r in legal for d, c in ((1, "ragged"), (2, "padded"))]
+    check("mlp", [3, 0, 5, 2], todo, mesh=mesh, norm=0.1)
+
+
+def test_fewer_experts_than_ranks():
+    todo = [{"r": r, "degree": 2} for r in (0, 1, 2)]
+    check("glu", [3, 4, 1, 2], todo, mesh={"num_experts": 2}, options={"num_experts": 2})
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_hierarchical(slices):
+    todo = [
+        {"r": r, "degree": d, "capacity": c, "algorithm": "2dh"}
+        for r in (0, 1, slices)
+        for d, c in ((1, "ragged"), (3, "ragged"), (2, "padded"))
+    ]
+    check("mlp", [3, 0, 5, 2], todo, mesh={"num_experts": 4, "slices": slices, "ranks_per_node": 2})
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.25, 0.0, -1.0])
+def test_capacity_per_rank(factor):
+    counts = [6, 6]
+    options = {"capacity_factor": factor, "batch_prioritized": True}
+    check("mlp", counts, plans(0, 1), context=batch_context(counts), options=options)
+
+
+@pytest.mark.parametrize("router", ["cosine", "expert_choice", "soft"])
+def test_other_routers(router):
+    counts = [6, 6]
+    options = {"router": router} | ({"capacity_factor": 1.0} if router == "expert_choice" else {})
+    check("mlp", counts, plans(0, 1), context=batch_context(counts), options=options)
+
+
+def test_single_precision():
+    check("glu", [5, 4], plans(0, 1), dtype=torch.float32, tolerance=1e-5)
+
+
+def test_accumulation():
+    check("mlp", [4, 4], plans(0, 1), backwards=3)
+
+
+def test_one_token_for_one_expert():
+    options = {"num_experts": 4, "top_k": 1}
+    check("mlp", [1, 0], plans(0, 1), options=options)
