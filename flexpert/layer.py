@@ -142,7 +142,7 @@ class MoE(nn.Module):
         y_TO = self.transport(real_TD, routing, self.experts, self.combine, plan)
         if self.shared is not None:
             y_TO = y_TO + self.shared(x_TD)
-        y = y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
+        y = y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])  # FSDP warns of views
         recording = scope is not None and scope.wants_info()
         if not recording and not return_info:
             return y

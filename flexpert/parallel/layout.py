@@ -66,17 +66,20 @@ def check_bank(name: str, bank: Bank, mesh: ExpertMesh) -> None:
                 )
 
 
-def shard_bank(bank: Bank, mesh: ExpertMesh) -> list[tuple[nn.Parameter, ParamLayout]]:
+def shard_bank(bank: Bank, mesh: ExpertMesh) -> list[tuple[nn.Parameter, ParamLayout | None]]:
     """Replace a bank's stacked parameters, whole on this rank, by its part of them.
 
-    Returns the new parameters, DTensors whose global shape is the old one, with their layouts. A bank's
-    parameters without a layout, and those of groups that do not travel, stay as they are.
+    Returns the new parameters, DTensors whose global shape is the old one, with their layouts; and those that
+    such a bank has beside them, whole on every rank, with None. Banks without a layout, and groups that do
+    not travel, are left to what treats dense layers.
     """
-    done = []
+    done: list[tuple[nn.Parameter, ParamLayout | None]] = []
     for group in bank.groups().values():
-        if not group.remote:
+        layouts = group.layout()
+        if not group.remote or not layouts:
             continue
-        for name, layout in group.layout().items():
+        done += [(p, None) for name, p in group.named_parameters() if name not in layouts]
+        for name, layout in layouts.items():
             old = getattr(group, name)
             local = local_part(old.detach(), layout, mesh)
             whole = DTensor.from_local(local, mesh.device_mesh, placements(layout), run_check=False)

@@ -12,9 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from flexpert.core.errors import ConfigError, DistributedError
+from flexpert.core.layout import ParamLayout
 from flexpert.core.plan import ExecutionPlan
 
 from .gradients import GradientSync
+from .group import Group
 from .layout import shard_bank
 from .mesh import ExpertMesh
 from .transport import ExpertParallel, prepare
@@ -74,7 +76,7 @@ def parallelize(
     experts: set[nn.Parameter] = set()
     for name, layer in layers.items():
         for parameter, layout in shard_bank(layer.experts, mesh):
-            sync.watch(parameter, mesh.same_expert if layout.slice_dim is None else mesh.same_slice)
+            sync.watch(parameter, _ranks_with_copies(layout, mesh))
             experts.add(parameter)
         layer.transport, layer.gradient_sync = transports[name], sync
     if dense == "ddp":
@@ -92,6 +94,13 @@ def _layers(model: nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules()
         if hasattr(module, "transport") and hasattr(module, "experts")
     }
+
+
+def _ranks_with_copies(layout: ParamLayout | None, mesh: ExpertMesh) -> Group:
+    """The ranks that hold the same part of a parameter; without a layout, all."""
+    if layout is None:
+        return mesh.everyone
+    return mesh.same_expert if layout.slice_dim is None else mesh.same_slice
 
 
 def _replicate(

@@ -9,7 +9,6 @@ sources are dealt out over the members.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -117,9 +116,3 @@ def starts_by_rank(counts_E: Tensor, mesh: ExpertMesh) -> Tensor:
     starts_E = counts_E.cumsum(0) - counts_E
     starts_XSe = starts_E.view(mesh.expert_ranks, 1, -1).expand(-1, mesh.slices, -1)
     return starts_XSe.reshape(mesh.whole.size, -1)
-
-
-def replicated(bank: Bank) -> Mapping[str, Any]:
-    """The parameters of a bank that are whole on every rank, and averaged like those of dense layers."""
-    layouts = bank.layout()
-    return {name: p for name, p in bank.named_parameters() if name not in layouts}

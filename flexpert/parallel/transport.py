@@ -22,12 +22,14 @@ from .mesh import ExpertMesh
 from .pipeline import Exchange, run
 from .switch import counts_by_rank, even_counts, starts_by_rank, weights_for
 
+HEADER = 10  # numbers that a rank tells the others before rows travel: its capacity, facts and plan
+
 
 class ExpertParallel:
     """Runs a layer's experts on the ranks of a mesh; `parallelize` gives one to each MoE layer.
 
     Args:
-        name: of the layer, for messages.
+        name: of the layer's experts, for messages.
         mesh: the ranks.
         plan: for calls that bring none.
         verify: before rows travel, compare plan, layer and dtypes of all ranks, so that ranks that differ get
@@ -263,6 +265,7 @@ def prepare(name: str, experts: Any, mesh: ExpertMesh, plan: ExecutionPlan, veri
     Raises:
         ConfigError: it does not.
     """
+    name = f"{name}.experts" if name else "experts"
     check_bank(name, experts, mesh)
     transport = ExpertParallel(name, mesh, plan, verify)
     transport.check(plan, experts)

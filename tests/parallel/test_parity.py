@@ -123,3 +123,7 @@ def test_accumulation():
 def test_one_token_for_one_expert():
     options = {"num_experts": 4, "top_k": 1}
     check("mlp", [1, 0], plans(0, 1), options=options)
+
+
+def test_one_rank():
+    check("mixed", [5], plans(0, 1))
