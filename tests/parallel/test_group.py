@@ -155,20 +155,21 @@ def test_misfits_are_refused_before_anything_is_sent():
 
 def report_bad_groups():
     pair = dist.new_group([0, 1])
-    arguments = [
+    cases = [
         ((0, 1), None, (0, 0)),
         ((0, 1), pair, (0,)),
         ((0, 1), pair, (0, 0)),
         ((1, 0), pair, (0, 0)),
         ((0, 1, 2), pair, (0, 0, 0)),
     ]
-    messages = []
-    for ranks, process_group, nodes in arguments:
-        try:
-            messages.append(repr(Group("some", ranks, process_group, nodes)))
-        except DistributedError as error:
-            messages.append(str(error))
-    return messages
+    return [told(lambda: repr(Group("some", *case))) for case in cases]  # noqa: B023 - called at once
+
+
+def told(call):
+    try:
+        return call()
+    except DistributedError as error:
+        return str(error)
 
 
 def test_groups_must_be_what_is_said_of_them():
