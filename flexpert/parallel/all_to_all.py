@@ -97,7 +97,8 @@ class AllToAll(ABC):
         for name, tensor, dim in (("header_H", header_H, 1), ("counts_PC", counts_PC, 2)):
             if tensor.dtype != torch.int64 or tensor.dim() != dim:
                 raise InputError(
-                    f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}; int64 with {dim} dimensions expected"
+                    f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}; int64 with {dim} dimensions "
+                    "expected"
                 )
         if counts_PC.shape[0] != size:
             raise InputError(f"counts_PC has {counts_PC.shape[0]} destinations; the group has {size} ranks")

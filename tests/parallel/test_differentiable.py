@@ -1,4 +1,4 @@
-"""Collectives and their gradients are linear maps over all ranks and the transposes of these, on any group."""
+"""Collectives are linear maps over all ranks, and their gradients the transposes of these, on any group."""
 
 from __future__ import annotations
 

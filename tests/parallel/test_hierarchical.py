@@ -11,7 +11,7 @@ from flexpert.testing import run_ranks
 from tests.parallel.transports import make_grid, make_group, matrices, rows_to_send
 
 
-@pytest.mark.parametrize("sizes", [[[2, 2, 2], [2, 2, 2]], [[1, 0, 3], [2, 2, 0]], [[0, 0], [0, 0]], [[4], [1]]])
+@pytest.mark.parametrize("sizes", [[[2, 2, 2]] * 2, [[1, 0, 3], [2, 2, 0]], [[0, 0], [0, 0]], [[4], [1]]])
 def test_align_orders_segments_by_the_other_place(sizes):
     segments = [[torch.rand(size, 3) for size in row] for row in sizes]
     rows = torch.cat([segment for row in segments for segment in row])
@@ -44,7 +44,7 @@ def test_messages_are_few_and_bytes_between_nodes_those_of_linear(world_size, pl
         for traffic in (counts, forth, back):
             assert traffic["inside"]["messages"] == places - 1
             assert traffic["between"]["messages"] == nodes - 1
-        # Inside: what this rank has for ranks at other places, on any node. Back: what it passed on for others.
+        # Inside: what this rank has for other places, on any node. Back: what it had passed on.
         at_other_place = torch.arange(world_size) % places != rank % places
         assert forth["inside"]["bytes"] == int(matrix[rank, at_other_place].sum()) * row_bytes
         peers = (node == node[rank]) & (torch.arange(world_size) != rank)
