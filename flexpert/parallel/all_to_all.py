@@ -81,7 +81,7 @@ class AllToAll(ABC):
             InputError: another shape or dtype.
             DistributedError: the exchange failed.
         """
-        return self.exchange_counts_with_header(counts_PC.new_empty(0), counts_PC)[1]
+        return self.exchange_counts_with_header(counts_PC.new_empty(0, dtype=torch.int64), counts_PC)[1]
 
     def exchange_counts_with_header(self, header_H: Tensor, counts_PC: Tensor) -> tuple[Tensor, Splits]:
         """As `exchange_counts`, with numbers for every rank in the same messages.
@@ -97,7 +97,8 @@ class AllToAll(ABC):
         for name, tensor, dim in (("header_H", header_H, 1), ("counts_PC", counts_PC, 2)):
             if tensor.dtype != torch.int64 or tensor.dim() != dim:
                 raise InputError(
-                    f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}; int64 of {dim}-D expected"
+                    f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}; int64 with {dim} dimensions "
+                    "expected"
                 )
         if counts_PC.shape[0] != size:
             raise InputError(f"counts_PC has {counts_PC.shape[0]} destinations; the group has {size} ranks")
@@ -213,8 +214,7 @@ class _Exchange(torch.autograd.Function):
         ctx: Any, x: Tensor, algorithm: AllToAll, splits: Splits, codec: Codec, reverse: bool
     ) -> Tensor:
         ctx.call = algorithm, splits, codec, reverse
-        rows = algorithm.start(x, splits, reverse=reverse, codec=codec).wait()
-        return rows.view_as(rows)
+        return algorithm.start(x, splits, reverse=reverse, codec=codec).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -81,8 +81,9 @@ class _Float8:
         if not _is_short_float(dtype):
             return wire_NB
         values = wire_NB[:, :width].contiguous().view(torch.float8_e4m3fn).float()
-        # A copy, as the bytes of one row need not lie where a float may begin.
-        scale_N1 = wire_NB[:, width:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+        scale_N1 = (
+            wire_NB[:, width:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+        )  # aligned
         return values.mul_(scale_N1).to(dtype)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -14,8 +13,11 @@ from torch import distributed as dist
 
 from flexpert.core.errors import DistributedError, InputError
 
+from .pending import Pending
 from .timeline import active_timeline
 from .traffic import Traffic
+
+__all__ = ["Group", "Pending", "ReduceName"]
 
 ReduceName = Literal["sum", "max", "min", "avg"]
 REDUCE = {
@@ -27,47 +29,6 @@ REDUCE = {
 # PyTorch renames these; the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class Pending:
-    """A collective under way. It keeps its buffers alive until it is waited for."""
-
-    def __init__(
-        self,
-        label: str,
-        work: dist.Work | None = None,
-        *,
-        keep: tuple[Tensor, ...] = (),
-        finish: Callable[[], object] | None = None,
-        end: Callable[[], None] | None = None,
-    ) -> None:
-        self._label = label
-        self._work = work
-        self._keep = keep
-        self._finish = finish
-        self._end = end
-        self._begin = time.monotonic()
-
-    def wait(self) -> None:
-        """Return when the result is there (on CUDA: for work queued on the current stream from now on).
-
-        Raises:
-            DistributedError: the collective failed: a rank is gone or too late, or called something else.
-        """
-        if self._work is not None:
-            try:
-                self._work.wait()
-            except RuntimeError as error:
-                raise self._error(error) from error
-        if self._finish is not None:
-            self._finish()
-        if self._end is not None:
-            self._end()
-        self._work, self._keep, self._finish, self._end = None, (), None, None
-
-    def _error(self, cause: Exception) -> DistributedError:
-        waited = time.monotonic() - self._begin
-        return DistributedError(f"{self._label} failed after {waited:.1f} s: {cause}")
 
 
 class Group:
@@ -267,7 +228,7 @@ class Group:
             try:
                 work = launch(self.process_group)
             except RuntimeError as error:
-                raise Pending(label)._error(error) from error
+                raise Pending(label).error(error) from error
             if end is not None and work is not None and not output.is_cuda:
                 _call_when_done(work, end)
         pending = Pending(label, work, keep=buffers, finish=finish, end=end)
@@ -315,6 +276,8 @@ class Group:
 def _check_reducible(operation: str, tensor: Tensor, op: ReduceName) -> None:
     if tensor.element_size() == 1 and tensor.is_floating_point():
         raise InputError(f"{operation}: {tensor.dtype} cannot be summed or compared; convert it before")
+    if op == "sum" and tensor.dtype == torch.bool:  # gloo would add the bytes and leave a bool of 2
+        raise InputError(f"{operation}: a sum of bools is none; use op='max', or convert to an integer dtype")
     if op == "avg" and not tensor.is_floating_point():
         raise InputError(f"{operation}: op='avg' of {tensor.dtype}; use 'sum', or convert it before")
 

@@ -1,7 +1,6 @@
 """The bytes that a plan sends, from the counts of rows: what the counters of a call will say.
 
-Letters: P ranks that exchange rows, e experts of one rank, D and O widths of a row and of its result, S slices,
-X expert ranks.
+Letters: P ranks that exchange rows, e experts of one rank, X expert ranks, S slices.
 """
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+"""Chunks part every segment, each row in one of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexpert import InputError
+from flexpert.parallel.hierarchical import HierarchicalSplits
+from flexpert.parallel.splits import Splits, chunk_counts, chunk_rows
+
+COUNTS = [[0, 1, 7], [5, 0, 16]]
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 8, 20])
+def test_chunks_are_the_stated_rows_of_each_segment(degree):
+    starts, first = [], 0
+    for n in COUNTS[0] + COUNTS[1]:
+        starts.append((first, n))
+        first += n
+    seen = []
+    for chunk in range(degree):
+        want = [
+            start + row
+            for start, n in starts
+            for row in range(n * chunk // degree, n * (chunk + 1) // degree)
+        ]
+        rows = chunk_rows(COUNTS, chunk, degree)
+        assert rows.dtype == torch.int64
+        assert rows.tolist() == want
+        assert sum(map(sum, chunk_counts(COUNTS, chunk, degree))) == len(want)
+        seen += want
+    assert sorted(seen) == list(range(first))
+
+
+def test_chunks_of_splits():
+    splits = Splits(COUNTS, [[3, 3, 3], [1, 0, 1]])
+    part = splits.chunk(1, 2)
+    assert part == Splits([[0, 1, 4], [3, 0, 8]], [[2, 2, 2], [1, 0, 1]])
+    assert splits.sent_rows(1, 2).tolist() == chunk_rows(splits.sent, 1, 2).tolist()
+    assert splits.received_rows(1, 2).tolist() == [1, 2, 4, 5, 7, 8, 9, 10]
+    relayed = HierarchicalSplits(splits.sent, splits.received, [COUNTS, COUNTS]).chunk(1, 2)
+    assert relayed == HierarchicalSplits(part.sent, part.received, [part.sent, part.sent])
+
+
+def test_a_chunk_is_a_copy():
+    splits = Splits([[1]], [[1]])
+    splits.chunk(0, 1).sent[0][0] = 5
+    assert splits.sent == [[1]]
+
+
+@pytest.mark.parametrize(("chunk", "degree"), [(2, 2), (-1, 2), (0, 0)])
+def test_chunks_that_are_none(chunk, degree):
+    with pytest.raises(InputError, match=f"chunk={chunk} of degree={degree}; chunks are 0 to degree - 1"):
+        chunk_counts(COUNTS, chunk, degree)
+
+
+def test_no_rows():
+    assert chunk_rows([[0, 0]], 0, 1).tolist() == []
+    assert chunk_rows([[]], 0, 1).tolist() == []
