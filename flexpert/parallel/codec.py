@@ -81,9 +81,8 @@ class _Float8:
         if not _is_short_float(dtype):
             return wire_NB
         values = wire_NB[:, :width].contiguous().view(torch.float8_e4m3fn).float()
-        scale_N1 = (
-            wire_NB[:, width:].clone(memory_format=torch.contiguous_format).view(torch.float32)
-        )  # aligned
+        scale_NB = wire_NB[:, width:].clone(memory_format=torch.contiguous_format)  # where a float may begin
+        scale_N1 = scale_NB.view(torch.float32)
         return values.mul_(scale_N1).to(dtype)
 
 

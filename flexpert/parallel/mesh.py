@@ -218,8 +218,8 @@ def _shape(num_experts: int, world: int, replicas: int, slices: int | None) -> t
             ]
             raise ConfigError(
                 f"{num_experts} experts on {share} ranks: one number must divide the other; with "
-                f"{num_experts} experts legal are {legal} ranks per replica (change num_experts, the ranks or "
-                f"replicas)"
+                f"{num_experts} experts legal are {legal} ranks per replica (change the experts, the ranks "
+                f"or replicas)"
             )
         slices = max(1, share // num_experts)
     if share % slices or num_experts % (share // slices):
