@@ -10,7 +10,6 @@ from .spec import ClusterSpec
 
 QUEUE_BYTES = 64 * 2**20  # a link without loss: no collective has more under way
 QUEUE_FRAMES = 100_000
-FORWARDING, DISABLED = 3, 0  # states of a bridge's port
 
 
 class KernelLinks(NamespaceNetwork):
@@ -34,12 +33,14 @@ class KernelLinks(NamespaceNetwork):
         return self.spaces[self.spec.nodes]
 
     def cut(self, node: int) -> None:
-        """The bridge's port forwards nothing; the node's device keeps its carrier."""
-        self._bridge.run(["ip", "link", "set", f"p{node}", "type", "bridge_slave", "state", str(DISABLED)])
+        """Its port leaves the bridge, without what waits there; the node's device keeps its carrier."""
+        self._bridge.run(["ip", "link", "set", f"p{node}", "nomaster"])
+        self._remove_queue(self._bridge, f"p{node}")
 
     def heal(self, node: int) -> None:
-        """The port forwards again."""
-        self._bridge.run(["ip", "link", "set", f"p{node}", "type", "bridge_slave", "state", str(FORWARDING)])
+        """The port comes back."""
+        self._shape(node)
+        self._bridge.run(["ip", "link", "set", f"p{node}", "master", "br0"])
 
     def set_rate(self, node: int, rate: int | None) -> None:
         """Both directions."""
@@ -69,9 +70,15 @@ class KernelLinks(NamespaceNetwork):
     def _shape(self, node: int) -> None:
         queue = self._queue(self._rates[node], self._latencies[node])
         for space, device in ((self.nodes[node], DEVICE), (self._bridge, f"p{node}")):
-            change = ["replace", "dev", device, "root", *queue] if queue else ["del", "dev", device, "root"]
-            if queue or "noqueue" not in space.run(["tc", "qdisc", "show", "dev", device]):
-                space.run(["tc", "qdisc", *change])
+            if queue:
+                space.run(["tc", "qdisc", "replace", "dev", device, "root", *queue])
+            else:
+                self._remove_queue(space, device)
+
+    @staticmethod
+    def _remove_queue(space: Namespace, device: str) -> None:
+        if "noqueue" not in space.run(["tc", "qdisc", "show", "dev", device]):
+            space.run(["tc", "qdisc", "del", "dev", device, "root"])
 
     def _queue(self, rate: int | None, latency: int) -> list[str]:
         limit = [] if rate is None else ["rate", f"{rate}bit"]

@@ -108,11 +108,16 @@ def create(count: int, *, user: bool, taps: int = 0) -> list[Namespace]:
         raise NamespaceError("network namespaces exist on Linux only")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        with quiet_fork():
-            pid = os.fork()
-        if pid == 0:
-            ours.close()
-            _serve(theirs, count, user, taps)
+        # No handler of ours may run in the child: it would unwind into our caller.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        try:
+            with quiet_fork():
+                pid = os.fork()
+            if pid == 0:
+                ours.close()
+                _serve(theirs, count, user, taps)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         try:
             return _receive(ours, count)

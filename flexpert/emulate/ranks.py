@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -16,6 +16,7 @@ from .namespaces import quiet_fork
 from .network import Network
 
 PR_SET_PDEATHSIG = 1
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit status, as a shell has it
 
 # What a rank does: it gets the descriptor to write its result to.
@@ -36,9 +37,14 @@ class Rank:
         read, write = zip(*(os.pipe() for _ in range(3)), strict=True)
         self.out, self.err, self.result = read
 
+        # Until the child has signal handlers of its own, those of its owner would run in it, and unwind into
+        # the owner's clean-up.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
         def child() -> None:
             for descriptor in read:
                 os.close(descriptor)
+            _reset_signals(mask)
             _become(network, place, environment, write)
             body(write[2])
 
@@ -47,6 +53,7 @@ class Rank:
             with quiet_fork():
                 self._process.start()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for descriptor in write:
                 os.close(descriptor)
         pid = self._process.pid
@@ -81,13 +88,17 @@ class Rank:
                     os.kill(self.pid, number)
 
 
+def _reset_signals(mask: Iterable[int]) -> None:
+    """In the child: the handlers of a fresh process, and the owner's mask."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _become(network: Network, place: Place, environment: dict[str, str], pipes: Sequence[int]) -> None:
-    """In the child: a process of its node, with streams, environment and signals of its own."""
+    """In the child: a process of its node, with streams and environment of its own."""
     parent = os.getppid()
     os.setsid()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     network.enter(place.node)
     network.forget()
     # After entering: a change of credentials clears it. Its owner's end is its own, even by SIGKILL.
