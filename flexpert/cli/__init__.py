@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import flexpert
 from flexpert.core.errors import FlexpertError
 
-from . import bench, build, doctor, evaluate, train
+from . import bench, build, doctor, emulate, evaluate, train
 
-COMMANDS = (train, evaluate, bench, build, doctor)
+COMMANDS = (train, evaluate, bench, emulate, build, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit status: 0; 2 for wrong usage or an error of ours, told in one line; 130 after Ctrl-C.
+        The exit status: 0, or the one in the result; 2 for wrong usage or an error of ours, told in one line;
+        130 after Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
     try:
@@ -77,4 +78,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(result) if options.json else options.module.describe(result), flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return int(result.get("exit_status", 0))
