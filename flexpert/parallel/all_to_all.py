@@ -41,7 +41,7 @@ class PendingRows:
     def __init__(self, finish: Callable[[], Tensor]) -> None:
         self._finish: Callable[[], Tensor] | None = finish
         self._rows: Tensor
-        self._error: DistributedError | None = None
+        self._failure = ""  # not the error itself: with its traceback it would hold what it happened to
 
     def wait(self) -> Tensor:
         """The rows that arrived; the same tensor each time.
@@ -55,9 +55,10 @@ class PendingRows:
                 with torch.no_grad():
                     self._rows = finish()
             except DistributedError as error:
-                self._error = error
-        if self._error is not None:
-            raise self._error
+                self._failure = str(error)
+                raise
+        if self._failure:
+            raise DistributedError(self._failure)
         return self._rows
 
 

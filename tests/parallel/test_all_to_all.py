@@ -245,20 +245,20 @@ def test_bytes_are_those_of_the_rows():
         }
 
 
-def lose_a_rank(name):
-    algorithm = make_algorithm(name)
-    splits = algorithm.known(torch.ones(4, 4, 1, dtype=torch.int64))
-    if algorithm.group.rank != 3:
-        pending = algorithm.start(torch.ones(4, 2), splits)
-        for _ in range(2):
-            with pytest.raises(DistributedError, match="all_to_all on group"):
-                pending.wait()
-    dist.destroy_process_group()  # as if it had ended, which the others see
+def lose_a_rank():
+    algorithm = Linear(make_world())
+    splits = algorithm.known(torch.ones(3, 3, 1, dtype=torch.int64))
+    if algorithm.group.rank == 2:
+        dist.destroy_process_group()  # as if it had ended
+        return
+    pending = algorithm.start(torch.ones(3, 2), splits)
+    for _ in range(2):
+        with pytest.raises(DistributedError, match="all_to_all on group 'world'"):
+            pending.wait()
 
 
-@pytest.mark.parametrize("name", ["linear", "2dh"])
-def test_a_lost_rank_is_an_error_however_often_it_is_waited_for(name):
-    run_ranks(lose_a_rank, 4, name)
+def test_a_lost_rank_is_an_error_however_often_it_is_waited_for():
+    run_ranks(lose_a_rank, 3)
 
 
 def test_a_group_of_one_exchanges_with_itself():
