@@ -61,6 +61,15 @@ NAMES = {
         "TokenChoiceRouter",
         "build_router",
     ],
+    "flexpert.testing": [
+        "TOLERANCES",
+        "NaiveResult",
+        "RankPool",
+        "assert_close",
+        "naive_moe",
+        "relative_error",
+        "run_ranks",
+    ],
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flexpert.core.errors import InputError
+from flexpert.core.errors import DistributedError, InputError
 
 from .codec import NONE, Codec
 from .differentiable import all_gather, all_reduce, reduce_scatter
@@ -40,7 +40,8 @@ class PendingRows:
 
     def __init__(self, finish: Callable[[], Tensor]) -> None:
         self._finish: Callable[[], Tensor] | None = finish
-        self._rows: Tensor | None = None
+        self._rows: Tensor
+        self._failure = ""  # not the error itself: with its traceback it would hold what it happened to
 
     def wait(self) -> Tensor:
         """The rows that arrived; the same tensor each time.
@@ -48,11 +49,16 @@ class PendingRows:
         Raises:
             DistributedError: the exchange failed.
         """
-        if self._rows is None:
-            assert self._finish is not None, "an exchange that failed has no rows"
-            finish, self._finish = self._finish, None
-            with torch.no_grad():
-                self._rows = finish()
+        if self._finish is not None:
+            finish, self._finish = self._finish, None  # it holds buffers
+            try:
+                with torch.no_grad():
+                    self._rows = finish()
+            except DistributedError as error:
+                self._failure = str(error)
+                raise
+        if self._failure:
+            raise DistributedError(self._failure)
         return self._rows
 
 

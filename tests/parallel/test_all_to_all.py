@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from flexpert import InputError
+from flexpert import DistributedError, InputError
 from flexpert.parallel.all_to_all import Linear, Splits, all_to_all
 from flexpert.parallel.codec import BF16, FP8
 from flexpert.parallel.group import Group
@@ -243,6 +243,22 @@ def test_bytes_are_those_of_the_rows():
             "inside": {"bytes": 3 * 8, "messages": 1},
             "between": {"bytes": 2 * 3 * 8, "messages": 2},
         }
+
+
+def lose_a_rank():
+    algorithm = Linear(make_world())
+    splits = algorithm.known(torch.ones(3, 3, 1, dtype=torch.int64))
+    if algorithm.group.rank == 2:
+        dist.destroy_process_group()  # as if it had ended
+        return
+    pending = algorithm.start(torch.ones(3, 2), splits)
+    for _ in range(2):
+        with pytest.raises(DistributedError, match="all_to_all on group 'world'"):
+            pending.wait()
+
+
+def test_a_lost_rank_is_an_error_however_often_it_is_waited_for():
+    run_ranks(lose_a_rank, 3)
 
 
 def test_a_group_of_one_exchanges_with_itself():

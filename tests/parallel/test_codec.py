@@ -122,3 +122,13 @@ def test_strided_rows():
     rows = torch.randn(6, 5).T
     for codec in CODECS.values():
         assert torch.equal(there_and_back(codec, rows), there_and_back(codec, rows.contiguous()))
+
+
+def test_every_number_of_the_format_arrives_as_it_is():
+    """Rows whose scale is 1: all 254 finite numbers, both zeros among them, exactly."""
+    codes = torch.arange(256).to(torch.uint8)
+    numbers = codes.view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()]
+    rows = torch.stack([numbers, torch.full_like(numbers, 448.0)], 1)
+    assert len(rows) == 254
+    assert torch.equal(there_and_back(FP8, rows), rows)
