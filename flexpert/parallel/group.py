@@ -288,8 +288,12 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _call_when_done(work: dist.Work, function: Callable[[], None]) -> None:
-    """Call from the thread that completes the work, also when it failed."""
-    work.get_future().add_done_callback(lambda _: function())
+    """Call from the thread that completes the work, also when it failed; never where it cannot tell."""
+    try:
+        future = work.get_future()
+    except RuntimeError:  # gloo's reduce_scatter has none; `wait` then tells
+        return
+    future.add_done_callback(lambda _: function())
 
 
 def _num_bytes(tensor: Tensor) -> int:
