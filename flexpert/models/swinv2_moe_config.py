@@ -16,7 +16,7 @@ from transformers import Swinv2Config
 from flexpert.core.config import MoEConfig
 from flexpert.core.errors import ConfigError
 from flexpert.core.registry import Spec, check_options, keyword_names, split_spec, suggest
-from flexpert.losses.common import check_scope
+from flexpert.losses import build_losses
 
 from . import dropout_experts  # noqa: F401  (registers "mlp_dropout")
 
@@ -66,7 +66,6 @@ class SwinV2MoEConfig(Swinv2Config):
         super().__post_init__(**kwargs)
         if self.balance_reduction not in ("mean", "sum"):
             raise ConfigError(f"balance_reduction={self.balance_reduction!r}: expected 'mean' or 'sum'")
-        check_scope(self.balance_scope)
         if len(self.depths) != len(self.num_heads):
             raise ConfigError(f"depths={self.depths} and num_heads={self.num_heads} differ in length")
         for stage, _ in self.moe_places():
@@ -125,6 +124,7 @@ class SwinV2MoEConfig(Swinv2Config):
         )
 
     def _check(self, layer: MoEConfig) -> None:
+        build_losses(layer)
         _, options = split_spec(layer.router, "router")
         noisy = options.get("gate_noise") or options.get("learned_noise")
         if self.balance_loss == "importance_load" and not noisy:
