@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"flexpert {options.command}: interrupted", file=sys.stderr)
         return 130
+    if result is None:  # several ranks run the command, and another one tells
+        return 0
     try:
         print(json.dumps(result) if options.json else options.module.describe(result), flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Evaluate; accuracy, images, seconds and what was dropped."""
     from flexpert.train.job import evaluate
 

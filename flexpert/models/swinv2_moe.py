@@ -53,10 +53,16 @@ class SwinV2MoEOutput(Swinv2ImageClassifierOutput):
 
 
 class _LossCollector:
-    """Where the layers of a model leave their losses while its forward runs."""
+    """Where the layers of a model leave their losses while its forward runs.
+
+    Attributes:
+        calls: the losses of each call; None where nobody asks for them.
+        stand_in: the backbone computes an image in place of none; no token of it is to be routed.
+    """
 
     def __init__(self) -> None:
         self.calls: list[Mapping[str, Tensor]] | None = None
+        self.stand_in = False
 
 
 class _MoEInSwin(MoE):
@@ -70,6 +76,15 @@ class _MoEInSwin(MoE):
         self.collector = collector
 
     def forward(self, x: Tensor, *, return_info: bool = False, **call: Any) -> Any:
+        """As of `MoE`; an image that stands in for none gets zeros."""
+        if not self.collector.stand_in:
+            return self._compute(x, return_info=return_info, **call)
+        result = self._compute(x[:0], return_info=return_info, **call)
+        y = result[0] if return_info else result
+        y = y.new_zeros(x.shape) + y.sum()  # with the graph of the call: its backward may be a collective
+        return (y, result[1]) if return_info else y
+
+    def _compute(self, x: Tensor, *, return_info: bool, **call: Any) -> Any:
         calls = self.collector.calls
         if not self.training and calls is None:
             return super().forward(x, return_info=return_info, **call)
@@ -135,7 +150,8 @@ class SwinV2MoEForImageClassification(Swinv2ForImageClassification):
         """Classify images.
 
         Args:
-            pixel_values: (B, num_channels, height, width), floating point.
+            pixel_values: (B, num_channels, height, width), floating point. B may be 0, for a rank of several
+                that has no image but takes part in the others' exchange.
             labels: int64 (B,); without them there is no loss.
             return_dict: False for a tuple.
             options: see `transformers.Swinv2ForImageClassification`.
@@ -147,10 +163,11 @@ class SwinV2MoEForImageClassification(Swinv2ForImageClassification):
         """
         collector = self.swinv2.collector
         collector.calls = calls = [] if self.training or labels is not None else None
+        collector.stand_in = pixel_values is not None and pixel_values.shape[0] == 0
         try:
-            base = super().forward(pixel_values=pixel_values, labels=labels, return_dict=True, **options)
+            base = self._classify(pixel_values, labels, **options)
         finally:
-            collector.calls = None
+            collector.calls, collector.stand_in = None, False
         output = SwinV2MoEOutput(**base)
         if calls:
             name = self.config.balance_loss
@@ -160,6 +177,15 @@ class SwinV2MoEForImageClassification(Swinv2ForImageClassification):
                 output.loss = output.loss + output.aux_loss
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def _classify(self, pixel_values: Tensor | None, labels: Tensor | None, **options: Any) -> dict[str, Any]:
+        """The output without the balance loss; of an empty batch, which the backbone cannot compute, too."""
+        if not self.swinv2.collector.stand_in:
+            return super().forward(pixel_values=pixel_values, labels=labels, return_dict=True, **options)
+        assert pixel_values is not None
+        image = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+        base = _none_of(dict(super().forward(pixel_values=image, return_dict=True, **options)))
+        return base if labels is None else {**base, "loss": base["logits"].sum()}
 
     def weighted_balance_loss(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The balance loss as it enters the loss.
@@ -216,6 +242,13 @@ class SwinV2MoEForImageClassification(Swinv2ForImageClassification):
                     f"{names[0]}; take config.json and weights from the same model"
                 )
         return (model, info) if with_info else model
+
+
+def _none_of(output: Any) -> Any:
+    """An output without its samples."""
+    if isinstance(output, dict):
+        return {name: _none_of(value) for name, value in output.items()}
+    return tuple(map(_none_of, output)) if isinstance(output, tuple) else output[:0]
 
 
 AutoConfig.register(SwinV2MoEConfig.model_type, SwinV2MoEConfig)

@@ -15,7 +15,8 @@ from transformers import Swinv2Config
 
 from flexpert.core.config import MoEConfig
 from flexpert.core.errors import ConfigError
-from flexpert.core.registry import check_options, keyword_names, split_spec, suggest
+from flexpert.core.registry import Spec, check_options, keyword_names, split_spec, suggest
+from flexpert.losses import build_losses
 
 from . import dropout_experts  # noqa: F401  (registers "mlp_dropout")
 
@@ -34,6 +35,8 @@ class SwinV2MoEConfig(Swinv2Config):
         balance_loss: name of the balance loss; see `flexpert.losses`.
         balance_weight: its weight in the loss, after `balance_reduction`.
         balance_reduction: "mean" or "sum" over the MoE layers. The published code sums.
+        balance_scope: "micro_batch", each rank's own tokens, as published; or "global", those of all ranks,
+            which makes the loss the same on any number of them; see `flexpert.losses`.
         moe_dropout: dropout between the two matrices of an expert.
         mlp_fc2_bias: the second matrix of every MLP, dense or an expert, has a bias. Published: no.
         moe_init_std: of the weights of experts and linear routers; biases start at 0. Published: 0.005 for
@@ -53,6 +56,7 @@ class SwinV2MoEConfig(Swinv2Config):
     balance_loss: str = "importance_load"
     balance_weight: float | int = 0.01
     balance_reduction: str = "mean"
+    balance_scope: str = "micro_batch"
     moe_dropout: float | int = 0.1
     mlp_fc2_bias: bool = False
     moe_init_std: float = 0.005
@@ -102,6 +106,9 @@ class SwinV2MoEConfig(Swinv2Config):
         name, options = split_spec(self.router, "router")
         if self.gate_noise:
             options = {"gate_noise": self.gate_noise, **options}
+        balance: Spec = self.balance_loss
+        if self.balance_scope != "micro_batch":
+            balance = {"name": self.balance_loss, "scope": self.balance_scope}
         return MoEConfig(
             model_dim=dim,
             hidden_dim=int(self.mlp_ratio * dim),
@@ -113,10 +120,11 @@ class SwinV2MoEConfig(Swinv2Config):
             expert_bias=True if self.mlp_fc2_bias else "b1",
             capacity_factor=self.capacity_factor,
             batch_prioritized=self.batch_prioritized,
-            losses=(self.balance_loss,),
+            losses=(balance,),
         )
 
     def _check(self, layer: MoEConfig) -> None:
+        build_losses(layer)
         _, options = split_spec(layer.router, "router")
         noisy = options.get("gate_noise") or options.get("learned_noise")
         if self.balance_loss == "importance_load" and not noisy:
@@ -147,6 +155,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "num_labels": 10,
         "num_experts": 8,
         "moe_dropout": 0.0,
+        "balance_scope": "global",
     },
     "small": {**_PUBLISHED, "embed_dim": 96, "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2},
     "base": {**_PUBLISHED, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.3},

@@ -41,7 +41,7 @@ class OptimizerConfig:
     """AdamW with a warm-up and a cosine to zero.
 
     Attributes:
-        batch_size: images in a step.
+        batch_size: images in a step, of all ranks together.
         epochs: passes over the training images; need not be whole.
         lr: peak learning rate.
         warmup: share of the steps in which it rises to the peak.
@@ -49,6 +49,7 @@ class OptimizerConfig:
         clip: largest norm of the gradient.
         label_smoothing: of the cross entropy.
         dtype: "float32", or "bfloat16" for autocast.
+        accumulate: micro-batches that a step's batch is cut into, to save memory; gradients add up.
     """
 
     batch_size: int = 256
@@ -59,6 +60,7 @@ class OptimizerConfig:
     clip: float = 1.0
     label_smoothing: float = 0.1
     dtype: str = "float32"
+    accumulate: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,8 @@ class TrainConfig:
         log_every: steps between lines of metrics.
         threads: CPU threads; None leaves PyTorch's choice.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
+        backend: of torch.distributed on several ranks; None for "nccl" on GPUs and "gloo" elsewhere.
+        timeout: seconds that a rank waits for the others before it gives up.
     """
 
     name: str = "run"
@@ -86,6 +90,8 @@ class TrainConfig:
     log_every: int = 20
     threads: int | None = None
     device: str | None = None
+    backend: str | None = None
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         o = self.optimizer
@@ -95,8 +101,15 @@ class TrainConfig:
         _require(
             "threads", self.threads, self.threads is None or self.threads >= 1, "None or an integer >= 1"
         )
+        _require("timeout", self.timeout, 0 < self.timeout < math.inf, "a number > 0")
         _require("data.shift", self.data.shift, self.data.shift >= 0, "an integer >= 0")
         _require("optimizer.batch_size", o.batch_size, o.batch_size >= 1, "an integer >= 1")
+        _require(
+            "optimizer.accumulate",
+            o.accumulate,
+            1 <= o.accumulate <= o.batch_size,
+            "an integer in 1..batch_size",
+        )
         _require("optimizer.epochs", o.epochs, 0 < o.epochs < math.inf, "a number > 0")
         _require("optimizer.lr", o.lr, 0 < o.lr < math.inf, "a number > 0")
         _require("optimizer.warmup", o.warmup, 0 <= o.warmup < 1, "a share in 0..1")

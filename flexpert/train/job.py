@@ -7,11 +7,13 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from tqdm import tqdm
 
 from flexpert.core.context import RoutingContext
@@ -23,10 +25,14 @@ from flexpert.monitor.metrics import MetricsWriter, read_metrics
 
 from .config import TrainConfig, decode
 from .loop import fit, total_steps
+from .parallel import OneRank, join
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any] | None:
     """Train, evaluate and save; everything lies in `<output>/<name>/`.
+
+    Started by torchrun, the ranks train together on the same batches as one process would; rank 0 alone
+    writes and speaks.
 
     Args:
         config: settings.
@@ -35,28 +41,43 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any]:
             gets a number: nothing is overwritten.
 
     Returns:
-        "run" (folder), "accuracy", "images", "steps", "seconds" (of training), "plots" (files).
+        "run" (folder), "accuracy", "images", "steps", "seconds" (of training), "plots" (files); None on other
+        ranks than 0.
 
     Raises:
         ConfigError: bad settings, or a run to resume that has others.
+        DistributedError: ranks that do not meet.
     """
+    with join(config) as ranks:
+        return _train(config, resume, ranks)
+
+
+def _train(config: TrainConfig, resume: bool, ranks: OneRank) -> dict[str, Any] | None:
     _prepare(config)
-    task = _task(config)
-    folder = _open_run(config, resume)
-    _say(f"run {folder}: {_describe(task.model)}; images from {task.dataset.source}")
-    writer = MetricsWriter(folder)
+    task = _task(config, ranks)
+    folder = Path(ranks.from_main(lambda: str(_open_run(config, resume))))
     steps = total_steps(task, config)
-    with _Progress(steps) as progress:
-        seconds = fit(task, config, folder, writer, progress.report)
-    result = {"run": str(folder), "steps": steps, "seconds": seconds, **task.evaluate()}
+    writer = None
+    if ranks.world.is_main:
+        together = f", {ranks.world.size} ranks" if ranks.world.size > 1 else ""
+        _say(f"run {folder}: {_describe(task.model)}{together}; images from {task.dataset.source}")
+        writer = MetricsWriter(folder)
+    with _Progress(steps, silent=writer is None) as progress:
+        seconds = fit(task, config, folder, writer, progress.report, ranks)
+    figures = task.evaluate()
+    tensors = ranks.whole(task.model.state_dict())
+    load = task.load() if ranks.from_main(_plotter) else {}
+    if writer is None:
+        return None
     writer.close()
-    _save_model(task, folder)
-    result["plots"] = [str(path) for path in _plots(task, folder, result["accuracy"])]
+    result = {"run": str(folder), "steps": steps, "seconds": seconds, **figures}
+    _save_model(task, folder, tensors)
+    result["plots"] = [str(path) for path in _plots(folder, result["accuracy"], load)]
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     """Accuracy of a run's saved model.
 
     Args:
@@ -64,7 +85,8 @@ def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
         overrides: "top_k" and "capacity_factor", in place of the model's own.
 
     Returns:
-        "accuracy", "images", "seconds", "routing" (the overrides) and, with MoE layers, "drop_rate".
+        "accuracy", "images", "seconds", "routing" (the overrides) and, with MoE layers, "drop_rate"; None on
+        other ranks than 0.
 
     Raises:
         ConfigError: no such run, no saved model, or an unknown override.
@@ -81,11 +103,14 @@ def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
         )
     config = _stored_config(Path(folder))
     _prepare(config)
-    task = VisionTask.from_saved(config, model_folder)
-    if overrides and not any(isinstance(module, MoE) for module in task.model.modules()):
-        raise ConfigError(f"{folder} is a dense model: {', '.join(overrides)} would change nothing")
-    began = time.perf_counter()
-    figures = task.evaluate(RoutingContext(**overrides))
+    with join(config) as ranks:
+        task = VisionTask.from_saved(config, model_folder, ranks)
+        if overrides and not any(isinstance(module, MoE) for module in task.model.modules()):
+            raise ConfigError(f"{folder} is a dense model: {', '.join(overrides)} would change nothing")
+        began = time.perf_counter()
+        figures = task.evaluate(RoutingContext(**overrides))
+        if not ranks.world.is_main:
+            return None
     return {
         **figures,
         "seconds": round(time.perf_counter() - began, 3),
@@ -105,12 +130,12 @@ def _prepare(config: TrainConfig) -> None:
     torch.manual_seed(derive_seed(config.seed, "run"))
 
 
-def _task(config: TrainConfig) -> Any:
+def _task(config: TrainConfig, ranks: OneRank) -> Any:
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("the vision model needs transformers: pip install 'flexpert[vision]'")
     from .vision import VisionTask
 
-    return VisionTask(config)
+    return VisionTask(config, ranks=ranks)
 
 
 def _open_run(config: TrainConfig, resume: bool) -> Path:
@@ -157,11 +182,11 @@ def _stored_config(folder: Path) -> TrainConfig:
     return decode(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def _save_model(task: Any, folder: Path) -> None:
+def _save_model(task: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `model/` beside its final name, then rename: a reader never sees half a model."""
     fresh, final = folder / "model.tmp", folder / "model"
     shutil.rmtree(fresh, ignore_errors=True)
-    task.save(fresh)
+    task.save(fresh, tensors)
     shutil.rmtree(final, ignore_errors=True)
     fresh.rename(final)
 
@@ -176,15 +201,19 @@ def _describe(model: torch.nn.Module) -> str:
     return f"{params / 1e6:.2f} M parameters ({active / 1e6:.2f} M active), {len(layers)} MoE layers"
 
 
-def _plots(task: Any, folder: Path, accuracy: float) -> list[Path]:
-    if importlib.util.find_spec("matplotlib") is None:
+def _plotter() -> str:
+    """What draws plots, or nothing."""
+    return "matplotlib" if importlib.util.find_spec("matplotlib") else ""
+
+
+def _plots(folder: Path, accuracy: float, load: Mapping[str, list[float]]) -> list[Path]:
+    if not _plotter():
         _say("no plots: pip install 'flexpert[plots]' draws them")
         return []
     from flexpert.monitor.plots import learning_curve, load_map
 
     curve = folder / "learning_curve.png"
     learning_curve(read_metrics(folder), curve, accuracy)
-    load = task.load()
     if not load:
         return [curve]
     load_map(load, folder / "load.png")
@@ -194,8 +223,9 @@ def _plots(task: Any, folder: Path, accuracy: float) -> list[Path]:
 class _Progress:
     """A bar on a terminal, plain lines elsewhere; on standard error, so that results stay apart."""
 
-    def __init__(self, steps: int) -> None:
-        self._bar = tqdm(total=steps, unit="step", file=sys.stderr, disable=not sys.stderr.isatty())
+    def __init__(self, steps: int, *, silent: bool = False) -> None:
+        hidden = silent or not sys.stderr.isatty()
+        self._bar = tqdm(total=steps, unit="step", file=sys.stderr, disable=hidden)
 
     def __enter__(self) -> _Progress:
         return self

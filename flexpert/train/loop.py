@@ -14,6 +14,7 @@ from flexpert.monitor.metrics import MetricsWriter, describe_routing
 
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .parallel import OneRank
 from .schedule import warmup_cosine
 from .state import collect_state, restore_state
 from .task import StepResult, Task
@@ -26,7 +27,14 @@ def total_steps(task: Task, config: TrainConfig) -> int:
     return max(1, round(config.optimizer.epochs * task.steps_per_epoch))
 
 
-def fit(task: Task, config: TrainConfig, folder: Path, writer: MetricsWriter, report: Report) -> float:
+def fit(
+    task: Task,
+    config: TrainConfig,
+    folder: Path,
+    writer: MetricsWriter | None,
+    report: Report,
+    ranks: OneRank | None = None,
+) -> float:
     """Train to the end, from the newest checkpoint in `folder/checkpoints` where there is one.
 
     The weights after step n are the same, bit for bit, whether the run was interrupted or not (same machine,
@@ -36,71 +44,88 @@ def fit(task: Task, config: TrainConfig, folder: Path, writer: MetricsWriter, re
         task: model, data and loss.
         config: settings.
         folder: of the run.
-        writer: gets each line of metrics.
-        report: called with each line of metrics, for a person to see.
+        writer: gets each line of metrics; None on other ranks than 0.
+        report: called with each line of metrics, for a person to see; on rank 0.
+        ranks: that train together; this process alone if not given.
 
     Returns:
         Seconds spent in training, those of earlier parts of an interrupted run included.
     """
+    ranks = OneRank() if ranks is None else ranks
+    ranks.prepare(task.model)
     optimizer = torch.optim.AdamW(
         task.parameter_groups(config.optimizer.weight_decay), lr=config.optimizer.lr, fused=True
     )
-    start, before = _resume(task, optimizer, folder)
-    writer.rewind(start)
+    start, before = _resume(task, optimizer, folder, ranks)
+    if writer is not None:
+        writer.rewind(start)
     total = total_steps(task, config)
     began = time.perf_counter()
     mark = (start, began)
     for step in range(start, total):
-        result = _step(task, optimizer, config, step, total)
+        result = _step(task, ranks, optimizer, config, step, total)
         done = step + 1
         if done % config.log_every == 0 or done == total:
             now = time.perf_counter()
             rate = task.tokens_per_step * (done - mark[0]) / (now - mark[1])
             line = _line(
-                result,
+                ranks.figures(result),
                 done=done,
                 total=total,
                 seconds=round(before + now - began, 3),
                 lr=optimizer.param_groups[0]["lr"],
                 tokens_per_second=round(rate, 1),
             )
-            writer.write(done, line)
-            report(line)
+            if writer is not None:
+                writer.write(done, line)
+                report(line)
             mark = (done, now)
         if done % config.checkpoint_every == 0 or done == total:
             seconds = before + time.perf_counter() - began
-            state = {"seconds": seconds, "config": config.to_dict()}
-            save_checkpoint(folder / "checkpoints", done, collect_state(task.model, optimizer), state)
+            tensors = ranks.whole(collect_state(task.model, optimizer))
+            if ranks.world.is_main:
+                state = {"seconds": seconds, "config": config.to_dict()}
+                save_checkpoint(folder / "checkpoints", done, tensors, state)
     return before + time.perf_counter() - began
 
 
-def _resume(task: Task, optimizer: torch.optim.Optimizer, folder: Path) -> tuple[int, float]:
-    """Steps done and seconds spent so far."""
-    path = latest_checkpoint(folder / "checkpoints")
-    if path is None:
+def _resume(task: Task, optimizer: torch.optim.Optimizer, folder: Path, ranks: OneRank) -> tuple[int, float]:
+    """Steps done and seconds spent so far; every rank reads the checkpoint that rank 0 has found."""
+    path = ranks.from_main(lambda: str(latest_checkpoint(folder / "checkpoints") or ""))
+    if not path:
         return 0, 0.0
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(Path(path))
     restore_state(task.model, optimizer, checkpoint.tensors)
     return checkpoint.step, float(checkpoint.state.get("seconds", 0.0))
 
 
 def _step(
-    task: Task, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int
+    task: Task,
+    ranks: OneRank,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    step: int,
+    total: int,
 ) -> StepResult:
     for group in optimizer.param_groups:
         group["lr"] = config.optimizer.lr * warmup_cosine(step, total, config.optimizer.warmup)
     optimizer.zero_grad(set_to_none=True)
     task.model.train()
-    result = task.loss(step)
-    result.loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.optimizer.clip)
+    ranks.seed(config.seed, step)
+    results = []
+    parts = config.optimizer.accumulate
+    for part in range(parts):
+        result = task.loss(step, part, parts)
+        ranks.backward(task.model, result.loss, last=part == parts - 1)
+        results.append(result)
+    norm = ranks.clip_grad_norm(task.model, config.optimizer.clip)
     if not torch.isfinite(norm):
         raise FlexpertError(
             f"the gradient of step {step + 1} is not finite; lower optimizer.lr "
             f"or optimizer.clip and start anew"
         )
     optimizer.step()
-    return result
+    return StepResult.merged(results)
 
 
 def _line(result: StepResult, *, done: int, total: int, **figures: float) -> dict[str, Any]:
@@ -109,7 +134,7 @@ def _line(result: StepResult, *, done: int, total: int, **figures: float) -> dic
         "step": done,
         "steps": total,
         **figures,
-        "loss": float(result.loss.detach()),
+        "loss": float(result.loss),
         **{name: float(value) for name, value in result.metrics.items()},
         **describe_routing(result.stats),
     }

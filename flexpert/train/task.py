@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from flexpert.core.stats import RoutingStats
+from flexpert.core.stats import RoutingStats, merge_stats
 
 
 class Task(Protocol):
@@ -17,7 +18,7 @@ class Task(Protocol):
     Attributes:
         model: what is trained.
         steps_per_epoch: batches in one pass over the data.
-        tokens_per_step: tokens that enter the first layer in a step.
+        tokens_per_step: tokens that enter the first layer in a step, on all ranks.
     """
 
     model: nn.Module
@@ -27,26 +28,53 @@ class Task(Protocol):
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for the optimiser."""
 
-    def loss(self, step: int) -> StepResult:
-        """Loss of the batch of this step, a function of (seed, step, weights, random state) alone."""
+    def loss(self, step: int, part: int = 0, parts: int = 1) -> StepResult:
+        """Loss of this rank's samples of a micro-batch, a function of (seed, step, weights, random state).
+
+        The sum over the micro-batches of the means over ranks is the loss of the step's batch. Every rank
+        calls the model equally often, also one that has no sample.
+
+        Args:
+            step: of the run; its batch depends on (seed, step) alone, not on the number of ranks or parts.
+            part: which micro-batch, 0..parts - 1.
+            parts: micro-batches that the batch is cut into.
+        """
 
     def evaluate(self) -> dict[str, float]:
-        """Figures on held-out data, "accuracy" among them."""
+        """Figures on held-out data, "accuracy" among them; the same on every rank."""
 
-    def save(self, folder: Path) -> None:
-        """Write the model for users."""
+    def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write the model for users, with these tensors in place of its own where given."""
 
 
+@dataclass(frozen=True)
 class StepResult:
-    """Loss and figures of one step.
+    """Loss and figures of one step, or of one of its micro-batches.
 
-    Args:
+    Attributes:
         loss: scalar to differentiate.
-        metrics: detached scalars to log.
+        metrics: detached scalars to log; like the loss, sums over micro-batches and means over ranks.
         stats: routing statistics by (layer name, call); empty for a dense model.
     """
 
-    def __init__(
-        self, loss: Tensor, metrics: Mapping[str, Tensor], stats: Mapping[tuple[str, int], RoutingStats]
-    ) -> None:
-        self.loss, self.metrics, self.stats = loss, metrics, stats
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+    stats: Mapping[tuple[str, int], RoutingStats]
+
+    @classmethod
+    def merged(cls, parts: Sequence[StepResult]) -> StepResult:
+        """The result of a step from those of its micro-batches, without their graphs."""
+        if len(parts) == 1:
+            return cls(parts[0].loss.detach(), parts[0].metrics, parts[0].stats)
+        return cls(
+            loss=_sum([part.loss.detach() for part in parts]),
+            metrics={name: _sum([part.metrics[name] for part in parts]) for name in parts[0].metrics},
+            stats={key: merge_stats([part.stats[key] for part in parts]) for key in parts[0].stats},
+        )
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total

@@ -14,14 +14,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError
-from flexpert.core.stats import RoutingStats
+from flexpert.core.stats import RoutingStats, reduce_stats
 from flexpert.models.swinv2_moe import SwinV2MoEForImageClassification, parameter_groups, preset
 from flexpert.scope import routing_scope
 
 from .config import TrainConfig
 from .data import ImageDataset, load_fashion_mnist
 from .images import ImageBatches
+from .parallel import OneRank, weighted
 from .task import StepResult
+from .world import World, cut
 
 DATASETS = {"fashion_mnist": load_fashion_mnist}
 
@@ -43,12 +45,19 @@ class VisionTask:
     Args:
         config: settings of the run.
         model: in place of a new one made from the settings.
+        ranks: that share each batch and the test images; this process alone if not given.
     """
 
-    def __init__(self, config: TrainConfig, model: SwinV2MoEForImageClassification | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: SwinV2MoEForImageClassification | None = None,
+        ranks: OneRank | None = None,
+    ) -> None:
         self.config = config
+        self.ranks = OneRank(device=World().device(config.device)) if ranks is None else ranks
         _quieten_transformers()
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = self.ranks.device
         self.dataset = load_dataset(config)
         self.model = build_model(config) if model is None else model
         self.model.to(self.device)
@@ -64,59 +73,79 @@ class VisionTask:
         self.tokens_per_step = self.batches.batch_size * (vision.image_size // vision.patch_size) ** 2
 
     @classmethod
-    def from_saved(cls, config: TrainConfig, folder: Path) -> VisionTask:
+    def from_saved(cls, config: TrainConfig, folder: Path, ranks: OneRank | None = None) -> VisionTask:
         """The task with the model that `save` wrote.
 
         Raises:
             CheckpointError: a damaged or foreign file.
         """
         _quieten_transformers()
-        return cls(config, SwinV2MoEForImageClassification.from_pretrained(folder))
+        return cls(config, SwinV2MoEForImageClassification.from_pretrained(folder), ranks)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW."""
         return parameter_groups(self.model, weight_decay)
 
-    def loss(self, step: int) -> StepResult:
-        """Cross entropy plus the weighted balance loss of the batch of this step."""
-        images, labels = (part.to(self.device) for part in self.batches.train(step))
-        with routing_scope(self.model, context=RoutingContext(step=step)) as scope:
+    def loss(self, step: int, part: int = 0, parts: int = 1) -> StepResult:
+        """Cross entropy plus the weighted balance loss of this rank's images of a micro-batch; see `Task`."""
+        total, world = self.batches.batch_size, self.ranks.world
+        begin, stop = cut(0, total, part, parts)
+        samples = cut(begin, stop, world.rank, world.size)
+        images, labels = (values.to(self.device) for values in self.batches.train(step, samples))
+        context = RoutingContext(step=step, samples=samples, all_reduce=self.ranks.all_reduce)
+        with routing_scope(self.model, context=context) as scope:
             logits = self._logits(images)
+        own = len(labels) * world.size / total  # a mean over own images becomes one over the batch
         smoothing = self.config.optimizer.label_smoothing
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        metrics = {"accuracy": (logits.detach().argmax(-1) == labels).float().mean()}
+        right = (logits.detach().argmax(-1) == labels).float()
+        loss = (
+            weighted(F.cross_entropy(logits, labels, label_smoothing=smoothing), own) if own else logits.sum()
+        )
+        metrics = {"accuracy": weighted(right.mean(), own) if own else right.sum()}
         if scope.infos:
-            loss = loss + self.model.weighted_balance_loss(scope.losses)
+            share = (stop - begin) / total
+            loss = loss + weighted(self.model.weighted_balance_loss(scope.losses), share)
             name = self.model.config.balance_loss
-            metrics[name] = scope.losses[name].detach().mean()
+            metrics[name] = weighted(scope.losses[name].detach().mean(), share)
         return StepResult(loss, metrics, scope.stats)
 
     @torch.no_grad()
     def evaluate(self, context: RoutingContext | None = None, batch_size: int = 500) -> dict[str, float]:
-        """Accuracy on the test images, and the share of assignments dropped where there are MoE layers."""
+        """Accuracy on the test images, and the share of assignments dropped where there are MoE layers.
+
+        Ranks take whole batches in turn, so capacity applies to the same images on any number of them; each
+        calls the model equally often, in the end perhaps with no image.
+        """
         self.model.eval()
         images, labels = self.dataset.test_images, self.dataset.test_labels
         correct, dropped, selected = 0, 0.0, 0.0
-        for chunk, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        for turn in range(0, len(labels), batch_size * self.ranks.world.size):
+            first = turn + batch_size * self.ranks.world.rank
+            chunk, target = images[first : first + batch_size], labels[first : first + batch_size]
             with routing_scope(self.model, context=context) as scope:
                 logits = self._logits(self.batches.evaluation(chunk).to(self.device))
             correct += int((logits.argmax(-1).cpu() == target).sum())
             dropped += sum(float(s.dropped) for s in scope.stats.values())
             selected += sum(float(s.selected_E.sum()) for s in scope.stats.values())
+        counts = torch.tensor([correct, dropped, selected], dtype=torch.float64, device=self.device)
+        correct, dropped, selected = self.ranks.total(counts).tolist()
         result = {"accuracy": correct / len(labels), "images": len(labels)}
         return result | ({"drop_rate": dropped / selected} if selected else {})
 
     def load(self, images: int = 2000) -> Mapping[str, list[float]]:
         """Share of the rows each expert computes on test images, by layer; empty for a dense model."""
         self.model.eval()
-        chunk = self.batches.evaluation(self.dataset.test_images[:images]).to(self.device)
+        world = self.ranks.world
+        first, end = cut(0, min(images, len(self.dataset.test_images)), world.rank, world.size)
+        chunk = self.batches.evaluation(self.dataset.test_images[first:end]).to(self.device)
         with torch.no_grad(), routing_scope(self.model) as scope:
             self._logits(chunk)
-        return {name: _shares(stats) for (name, _), stats in scope.stats.items()}
+        stats = reduce_stats(scope.stats, self.ranks.total)
+        return {name: _shares(value) for (name, _), value in stats.items()}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write the model: safetensors, config, card."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=tensors)
 
     def _logits(self, images: Tensor) -> Tensor:
         bfloat16 = self.config.optimizer.dtype == "bfloat16"

@@ -32,6 +32,15 @@ def test_an_error_is_one_line_and_status_two(capsys: pytest.CaptureFixture[str],
     assert err.count("\n") == 1
 
 
+def test_a_rank_that_has_no_result_is_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("flexpert.train.job.evaluate", lambda folder, overrides: None)
+    for flags in ([], ["--json"]):
+        assert main(["evaluate", str(tmp_path), *flags]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("command", [[], ["trian"], ["train"], ["doctor", "--what"]])
 def test_wrong_usage_is_status_two(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -325,3 +325,37 @@ def test_without_transformers_the_message_names_the_remedy():
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert result.returncode != 0
     assert "pip install 'flexpert[vision]'" in result.stderr
+
+
+# ---- no image at all
+
+
+def test_an_empty_batch_takes_part_without_effect(small_config, batch):
+    model = build(small_config()).train()
+    calls = []
+    for layer in moe_layers(model).values():
+        layer.router.register_forward_hook(lambda module, args, routing: calls.append(routing.num_units))
+    with routing_scope(model, context=RoutingContext(step=0, samples=(6, 6))) as scope:
+        output = model(batch[0][:0], output_hidden_states=True)
+    assert output.logits.shape == (0, 5)
+    assert all(state.shape[0] == 0 for state in output.hidden_states)
+    assert calls == [0, 0]
+    assert all(stats.tokens == 0 for stats in scope.stats.values())
+    assert output.aux_loss == 0
+    (output.logits.sum() + output.aux_loss).backward()
+    # Gradients of zero, not none: the backward of every layer has run, as on ranks with images.
+    assert all(p.grad is not None and not p.grad.count_nonzero() for p in model.parameters())
+    with torch.no_grad():
+        assert model(batch[0][:0], labels=batch[1][:0]).loss == 0
+        whole = model.eval()(batch[0]).logits
+        assert model(batch[0][:0]).logits.shape == (0, 5)
+        assert torch.equal(model(batch[0]).logits, whole)  # nothing sticks
+
+
+def test_an_empty_batch_that_fails_leaves_nothing_behind(small_config, batch):
+    model = build(small_config()).eval()
+    with torch.no_grad():
+        whole = model(batch[0]).logits
+        with pytest.raises(RuntimeError, match="channels"):
+            model(torch.zeros(0, 3, 32, 32))
+        assert torch.equal(model(batch[0]).logits, whole)

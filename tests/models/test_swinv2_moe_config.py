@@ -68,6 +68,8 @@ def test_round_trip_through_json(tmp_path):
         ({"router": {"proj_dim": 4}}, "router=.*name"),
         ({"gate_noise": 0}, "importance_load.*gate_noise > 0"),
         ({"balance_reduction": "max"}, "balance_reduction='max'"),
+        ({"balance_scope": "sequence"}, "scope='sequence': expected one of micro_batch, global"),
+        ({"balance_loss": "balanse"}, "unknown loss 'balanse'"),
         ({"moe_blocks": [[1]]}, "moe_blocks.*each of 3 stages"),
         ({"moe_blocks": [[], [4], []]}, "stage 1 has blocks 0..1, not 4"),
         ({"num_heads": (2, 4)}, "num_heads.*differ in length"),
@@ -76,6 +78,13 @@ def test_round_trip_through_json(tmp_path):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         preset("tiny", **settings)
+
+
+def test_scope_of_the_balance_loss():
+    assert preset("base").moe_layer(2).losses == ("importance_load",)  # each rank for itself, as published
+    layer = preset("base", balance_scope="global").moe_layer(2)
+    assert layer.losses == ({"name": "importance_load", "scope": "global"},)
+    assert preset("tiny").moe_layer(1).losses == layer.losses
 
 
 def test_unknown_preset_lists_the_names():

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 
 from flexpert.train.config import DataConfig
@@ -76,3 +79,12 @@ def test_augmented_images_are_shifted_and_mirrored_copies() -> None:
         assert len(matches) == 1  # the two black pixels around the image make a shift of two a roll
         seen.add(matches[0])
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("cuts", [(0, 4, 8), (0, 3, 3, 7, 8), (0, 0, 8)])
+def test_parts_of_a_batch_are_augmented_as_in_the_whole(cuts: tuple[int, ...]) -> None:
+    source = batches(DataConfig(shift=2, flip=True))
+    images, labels = source.train(9)
+    parts = [source.train(9, part) for part in itertools.pairwise(cuts)]
+    assert torch.cat([part[0] for part in parts]).equal(images)
+    assert torch.cat([part[1] for part in parts]).equal(labels)
