@@ -122,9 +122,10 @@ def main() -> None:
         ]
     words = (
         f"16 ranks on 4 nodes, {o.bandwidth} and {o.latency} one way ({mode}); {o.tokens} tokens per rank, "
-        f"D {o.model_dim}, F {o.hidden_dim}, 32 experts (2 per rank), top-2, capacity factor 1, fp32: median "
-        f"milliseconds of {o.repeats}, the slowest rank counts. Tokens / F is {o.tokens / o.hidden_dim:g}; the "
-        f"paper's layer has 8 (16,384 tokens, F 2,048). It is scaled to two cores that all ranks share."
+        f"D {o.model_dim}, F {o.hidden_dim}, 32 experts (2 per rank), top-2, capacity factor 1, fp32: "
+        f"median milliseconds of {o.repeats}, the slowest rank counts. Tokens / F is "
+        f"{o.tokens / o.hidden_dim:g}; the paper's layer has 8 (16,384 tokens, F 2,048). It is scaled to two "
+        f"cores that all ranks share."
     )
     header = ["", "plan", "ms", "gain over the baseline"]
     record("baseline", "python -m benchmarks.parallel.baseline", words, header, table, rows)
