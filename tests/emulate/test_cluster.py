@@ -123,7 +123,10 @@ def test_a_rank_that_fails_is_named_and_ends_the_others(
         assert "ValueError: rank one has no luck" in str(failure.value)
 
 
-def test_a_timeout_ends_all(nothing_left: None) -> None:
+def test_a_timeout_ends_all(nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a rank that does not listen to SIGTERM."""
+    monkeypatch.setattr("flexpert.emulate.job.TERMINATION_SECONDS", 0.2)
+
     def stubborn() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN if os.environ["RANK"] == "1" else signal.SIG_DFL)
         time.sleep(10 * PATIENCE)
