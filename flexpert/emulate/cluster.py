@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -21,6 +22,8 @@ from .units import parse_rate, parse_time
 from .values import encode
 
 __all__ = ["Cluster"]
+
+_log = logging.getLogger("flexpert")
 
 
 class Cluster:
@@ -61,6 +64,8 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self._network, choice = build_network(self.spec, self._asked)
         self.missing = choice.missing
+        if self.missing:
+            _log.warning("not emulated: %s", self.missing)
         return self
 
     def __exit__(

@@ -196,16 +196,16 @@ def _send(channel: socket.socket, word: bytes, paths: Sequence[str], more: Seque
 def _unshare_user() -> None:
     uid, gid = os.geteuid(), os.getegid()
     _call("unshare", CLONE_NEWUSER)
-    Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
-    Path("/proc/self/uid_map").write_text(f"0 {uid} 1", encoding="ascii")
-    Path("/proc/self/gid_map").write_text(f"0 {gid} 1", encoding="ascii")
+    Path("/proc/self/setgroups").write_bytes(b"deny")
+    Path("/proc/self/uid_map").write_bytes(b"0 %d 1" % uid)
+    Path("/proc/self/gid_map").write_bytes(b"0 %d 1" % gid)
 
 
 def _configure() -> None:
     # A link without loss and with one long queue: Reno fills it. BBR, the default on some systems, would
     # probe for its rate instead.
     with suppress(OSError):
-        Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text("reno", encoding="ascii")
+        Path("/proc/sys/net/ipv4/tcp_congestion_control").write_bytes(b"reno")
 
 
 def open_tap(name: str) -> int:

@@ -85,7 +85,8 @@ def _missing(mode: str, spec: ClusterSpec, reasons: dict[str, str]) -> str:
         text = "all ranks share one loopback: no bandwidth, no latency, no cutting of nodes"
     else:
         return ""
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    modes = {why: [name for name in reasons if reasons[name] == why] for why in reasons.values()}
+    why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in modes.items())
     return f"{text} ({why or f'mode={mode!r} was asked for'})"
 
 

@@ -70,15 +70,18 @@ class Session:
             parse_action(text)  # refuses a wrong one now, not in the middle
         if program is not None:
             preload([*PRELOADED, *self.preload])
-            gc.collect()
-            gc.freeze()  # so that collections in ranks do not write to shared pages
         begin = time.monotonic()
         with _ended_by_signals(), cluster:
-            _announce(cluster)
+            _log.info("emulating %s, mode %s", cluster.spec.describe(), cluster.mode)
             if program is None:
                 job = cluster.start_command(self.command, echo=self._echo)
             else:
-                job = cluster.start_plain(lambda: run_as_fresh(program), echo=self._echo)
+                gc.collect()
+                gc.freeze()  # so that collections in ranks do not write to shared pages
+                try:
+                    job = cluster.start_plain(lambda: run_as_fresh(program), echo=self._echo)
+                finally:
+                    gc.unfreeze()
             for nanoseconds, text in self.at:
                 job.call_later(nanoseconds / 1e9, _doer(cluster, text))
             with self._controlled(cluster, job):
@@ -144,12 +147,6 @@ def _doer(cluster: Cluster, text: str) -> Callable[[], None]:
             _log.info("%s: done", text)
 
     return do
-
-
-def _announce(cluster: Cluster) -> None:
-    _log.info("emulating %s, mode %s", cluster.spec.describe(), cluster.mode)
-    if cluster.missing:
-        _log.warning("not emulated: %s", cluster.missing)
 
 
 @contextmanager

@@ -51,6 +51,9 @@ def test_what_is_missing_is_told_once_with_each_reason() -> None:
         "latency is not emulated, only bandwidth (shape: no netem; switch: /dev/net/tun: Permission denied)"
     )
 
+    choice = choose("auto", DELAYED, Facilities(namespaces="not permitted"))
+    assert choice.missing.endswith("no cutting of nodes (shape, switch, bandwidth: not permitted)")
+
 
 def test_a_mode_asked_for_is_taken_or_refused_with_the_reason() -> None:
     assert choose("switch", RATED, Facilities(tbf="none", netem="none")).mode == "switch"
