@@ -120,20 +120,6 @@ def test_noise_follows_the_step_in_a_graph():
     assert not torch.equal(outputs[0], outputs[1])
 
 
-def test_parts_of_a_batch_share_a_graph():
-    layer = MoE(
-        MoEConfig(model_dim=D, hidden_dim=4, num_experts=4, router={"name": "linear", "gate_noise": 4.0})
-    )
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(layer, backend=counter, fullgraph=True)
-    x = torch.randn(10, 3, D)
-    whole = layer(x, context=RoutingContext(step=0))
-    for first in range(0, 10, 2):
-        context = RoutingContext(step=0, samples=(first, first + 2))
-        assert_close(compiled(x[first : first + 2], context=context), whole[first : first + 2])
-    assert counter.frame_count <= 2  # one for the first place, one for all others
-
-
 def test_numbers_of_tokens_may_change():
     net = Net(capacity_factor=1.0, batch_prioritized=True)
     counter = CompileCounterWithBackend("eager")

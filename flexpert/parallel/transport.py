@@ -61,6 +61,7 @@ class ExpertParallel:
             if bank.remote:
                 _check_bank_allows(plan, bank, f"{self.name}.{name}" if name else self.name, self.mesh)
 
+    @torch.compiler.disable  # counts decide what is sent: the graph breaks here
     def __call__(
         self,
         x_TD: Tensor,

@@ -37,7 +37,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any] | None
     Args:
         config: settings.
         resume: go on with the run of this name; its settings must be the same. Without it, a name that is
-            taken gets a number: nothing is overwritten.
+            taken
+            gets a number: nothing is overwritten.
 
     Returns:
         "run" (folder), "accuracy", "images", "steps", "seconds" (of training), "plots" (files); None on other

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from flexpert import MoE, MoEConfig, RoutingContext
-from flexpert.experts import ExpertBank, ModuleExperts
+from flexpert.experts import ModuleExperts
 from flexpert.parallel import ExecutionPlan, clip_grad_norm_, expert_mesh, groups_by_mesh, parallelize
 from flexpert.routers import build_router
 
@@ -88,7 +88,18 @@ def on_one_process(kind, counts, *, dtype=torch.float64, context=None, norm=None
     return collect(layer, x, y, optimizer, norm)
 
 
-def on_ranks(kind, counts, plans, *, dtype=torch.float64, mesh=None, norm=None, backwards=1, options=None):
+def on_ranks(
+    kind,
+    counts,
+    plans,
+    *,
+    dtype=torch.float64,
+    mesh=None,
+    norm=None,
+    backwards=1,
+    options=None,
+    only=None,
+):
     """Each plan after the other on one rank's share; a list of results, and whether any storage moved."""
     rank = dist.get_rank()
     layer = make_layer(kind, dtype, **(options or {}))
@@ -105,7 +116,7 @@ def on_ranks(kind, counts, plans, *, dtype=torch.float64, mesh=None, norm=None, 
         _reset(layer, optimizer, start)
         x = x.detach().requires_grad_()
         for _ in range(backwards):
-            y = layer(x, plan=ExecutionPlan(**plan))
+            y = layer(x, plan=ExecutionPlan(**plan), context=context_for(only, layer))
             ((y * g).sum() / backwards).backward()
         results.append(collect(layer, x, y, optimizer, norm, 1 / len(counts)))
     moved = pointers != [_local(p).data_ptr() for p in layer.parameters()]
@@ -132,12 +143,11 @@ def _reset(layer, optimizer, start):
             parameter.copy_(value)
 
 
-class ScaleExperts(ExpertBank):
-    """A bank of one's own: y = s * x, stacked, not sliceable."""
-
-    def __init__(self, num_experts):
-        super().__init__(num_experts=num_experts, model_dim=D, output_dim=D)
-        self.scale = torch.nn.Parameter(torch.randn(num_experts, D))
+def context_for(only, layer):
+    """Every token may choose these experts alone; None: all."""
+    if only is None:
+        return None
+    return RoutingContext(expert_mask=torch.isin(torch.arange(layer.router.num_experts), torch.tensor(only)))
 
 
 def batch_context(counts):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from flexpert import MoE, MoEConfig, RoutingContext, routing_scope
@@ -58,6 +61,11 @@ def reference(counts, options, context=None):
     return step(Model(**options), x, g, context, 1.0 / len(counts))
 
 
+def dense_mesh(shape):
+    """A mesh of the dense layers, with other factors than the experts'."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")) if shape else None
+
+
 def model_on_ranks(counts, options, plans, settings):
     rank = dist.get_rank()
     results = []
@@ -67,6 +75,7 @@ def model_on_ranks(counts, options, plans, settings):
             model,
             expert_mesh(4, **settings.get("mesh", {})),
             dense=settings.get("dense", "ddp"),
+            dense_mesh=dense_mesh(settings.get("dense_mesh")),
             verify=False,
         )
         x, g = (part.split(counts)[rank] for part in tokens_of(counts))
@@ -100,6 +109,10 @@ BOTH = [{"r": 0}, {"r": 1, "degree": 2}]
 @pytest.mark.parametrize("counts", [[4, 3], [0, 6]], ids=str)
 def test_models_with_global_losses(dense, counts):
     check(counts, BOTH, dense=dense)
+
+
+def test_dense_and_expert_meshes_of_other_factors():
+    check([2, 3, 1, 4], BOTH, dense="fsdp", dense_mesh=(2, 2), mesh={"slices": 2})
 
 
 def test_gate_noise_does_not_depend_on_the_ranks():
@@ -241,13 +254,13 @@ def test_plans_and_shapes_that_cannot_run_are_refused():
         assert "no MoE layer" in said["none"]
 
 
-def accumulated(counts):
+def accumulated(counts, dense):
     """Two micro-batches, the first without averaging; then the norm, and the weight of unequal shares."""
     rank = dist.get_rank()
     mesh = expert_mesh(4, replicas=2)
     results = []
     for deferred in (False, True):
-        model = parallelize(Model(), mesh, dense="ddp")
+        model = parallelize(Model(), mesh, dense=dense)
         x, g = (part.split(counts)[rank] for part in tokens_of(counts))
         if deferred:
             with no_sync(model):
@@ -259,14 +272,15 @@ def accumulated(counts):
     return results, loss_weight(counts[rank], mesh)
 
 
-def test_accumulation_without_sync():
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_accumulation_without_sync(dense):
     counts = [3, 1]
     model = Model()
     x, g = tokens_of(counts)
     (((model(x) + model(x + 1)) * g).sum() / 2).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     want = [p.grad for p in model.parameters()] + [norm]
-    for (every, deferred), weight in (ranks := run_ranks(accumulated, 2, counts)):
+    for (every, deferred), weight in (ranks := run_ranks(accumulated, 2, counts, dense)):
         for value, a, b in zip(want, every, deferred, strict=True):
             assert_close(a.double(), value, 1e-6, scale=1e-3)
             assert_close(b.double(), value, 1e-6, scale=1e-3)
@@ -324,3 +338,53 @@ def test_codecs_round_within_their_bounds(codec, tolerance):
         for want, got in zip(a, b, strict=True):
             assert_close(got, want, tolerance)
             assert not torch.equal(got, want), "nothing was rounded"
+
+
+def half_precision(counts, how):
+    """A step in bf16: experts and rows in it, parameters and their gradients in fp32."""
+    rank = dist.get_rank()
+    mesh = expert_mesh(4)
+    model = Model().float()
+    policy = torch.bfloat16 if how == "fsdp" else None
+    parallelize(model, mesh, dense=how, mixed_precision=policy, verify=how == "ddp")
+    x, g = (part.float().split(counts)[rank] for part in tokens_of(counts))
+    mesh.traffic.reset()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "ddp"):
+        y = model(x)
+    sent = mesh.traffic.snapshot()["all_to_all"]
+    (y.float() * g).sum().backward()
+    return y.float().detach(), sent, {name: whole(p.grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_half_precision(how):
+    counts = [6, 5]
+    model = Model().float()
+    x, g = (part.float() for part in tokens_of(counts))
+    y = model(x)
+    ((y * g).sum() / 2).backward()
+    results = run_ranks(half_precision, 2, counts, how)
+    assert_close(torch.cat([y for y, _, _ in results]), y.detach(), 3e-2)
+    for _, _, gradients in results:
+        for name, parameter in model.named_parameters():
+            assert gradients[name].dtype is torch.float32
+            assert_close(gradients[name], parameter.grad, 0.1, scale=0.1, name=name)
+
+
+def compiled(counts):
+    layer = parallelize(make_layer(), expert_mesh(4))
+    x = tokens_of(counts)[0].split(counts)[dist.get_rank()].requires_grad_()
+    want = layer(x)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        # Where a graph breaks, dynamo asks a tensor that is no leaf for its .grad.
+        warnings.filterwarnings("ignore", "The .grad attribute", UserWarning)
+        got = torch.compile(layer, backend="aot_eager")(x)
+    got.sum().backward()
+    return got.detach(), want.detach(), x.grad
+
+
+def test_inside_a_compiled_model():
+    for got, want, gradient in run_ranks(compiled, 2, [4, 3]):
+        assert_close(got, want)
+        assert gradient.abs().sum() > 0

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from flexpert import RoutingContext
 from flexpert.testing import assert_close, run_ranks
 from tests.parallel.cases import batch_context, on_one_process, on_ranks
 
@@ -123,6 +124,18 @@ def test_accumulation():
 def test_one_token_for_one_expert():
     options = {"num_experts": 4, "top_k": 1}
     check("mlp", [1, 0], plans(0, 1), options=options)
+
+
+def test_all_tokens_to_one_expert():
+    context = RoutingContext(expert_mask=torch.arange(4) == 2)
+    options = {"top_k": 1}
+    check("mlp", [3, 6], plans(0, 1), context=context, only=[2], options=options)
+
+
+def test_one_expert_on_all_ranks():
+    todo = [{"r": r, "degree": 8, "algorithm": a} for r in (0, 1, 2, 4) for a in ("linear", "2dh")]
+    mesh = {"num_experts": 1, "ranks_per_node": 2}
+    check("mlp", [9, 4, 2, 7], todo, mesh=mesh, options={"num_experts": 1, "top_k": 1})
 
 
 def test_one_rank():
