@@ -68,19 +68,20 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     `parallelize` wrapped) and of experts. What experts exchange to compute their gradients at all is not
     saved.
     """
-    touched = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
-    syncs = {id(m.gradient_sync): m.gradient_sync for m in model.modules() if hasattr(m, "gradient_sync")}
-    for module in touched:
-        module.set_requires_gradient_sync(False)
-    for sync in syncs.values():
-        sync.enabled = False
+    modules: list[Any] = list(model.modules())
+
+    def switch(on: bool) -> None:
+        for module in modules:
+            if hasattr(module, "set_requires_gradient_sync"):  # of DDP and FSDP
+                module.set_requires_gradient_sync(on)
+            if hasattr(module, "gradient_sync"):
+                module.gradient_sync.enabled = on
+
+    switch(False)
     try:
         yield
     finally:
-        for module in touched:
-            module.set_requires_gradient_sync(True)
-        for sync in syncs.values():
-            sync.enabled = True
+        switch(True)
 
 
 @torch.no_grad()

@@ -191,7 +191,9 @@ def expert_mesh(
 
 def _new_group(members: Sequence[int], timeout: timedelta | None) -> dist.ProcessGroup:
     # Only the members take part: meshes over parts of the world need not know of each other.
-    return dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+    group = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup), "this rank is a member"
+    return group
 
 
 def _check_ranks(members: list[int]) -> None:

@@ -8,7 +8,7 @@ Letters: N rows of this rank, R rows that arrive on it, D and O widths, P ranks,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +72,8 @@ class Exchange:
 
 def run(exchange: Exchange, rows_ND: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """The experts' results (N, O) for rows grouped by expert, wherever the experts are."""
-    return _Run.apply(exchange, rows_ND, *weights)
+    y_NO: Tensor = _Run.apply(exchange, rows_ND, *weights)
+    return y_NO
 
 
 def chunk_of(counts: Tensor, chunk: int, degree: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +92,7 @@ def segments(starts: Tensor, lengths: Tensor) -> Tensor:
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, rows_ND: Tensor, *weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, exchange: Exchange, rows_ND: Tensor, *weights: Tensor) -> Tensor:
         differentiates = any(ctx.needs_input_grad)
         leaves = [w.detach().requires_grad_(w.requires_grad and differentiates) for w in weights]
         ctx.exchange, ctx.leaves, ctx.chunks = exchange, leaves, []
@@ -151,10 +152,9 @@ def _differentiate(
     """Gradients of the rows and the leaves; None where none is wanted, or a leaf has none."""
     inputs = [rows_RD, *leaves]
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    if y_RO.requires_grad:
+    found: Iterator[Tensor | None] = iter([None] * len(wanted))
+    if y_RO.requires_grad:  # else no rows, or experts that have no parameters and ignore their input
         found = iter(torch.autograd.grad(y_RO, wanted, grad_RO.to(y_RO.dtype), allow_unused=True))
-    else:  # no rows, or experts without parameters that ignore their input
-        found = iter([None] * len(wanted))
     grad_RD, *of_leaves = [next(found) if tensor.requires_grad else None for tensor in inputs]
     if grad_RD is None and rows_RD.requires_grad:
         grad_RD = torch.zeros_like(rows_RD)

@@ -152,10 +152,9 @@ def _add_parameters(
             continue
         assert isinstance(parameter, DTensor)
         local, cut = parameter.to_local(), layouts[name].slice_dim is not None
+        group = mesh.column if r == 0 else None
         if cut:
             group = mesh.whole if r == 0 else mesh.blocks[block_size(mesh, r)]
-        else:
-            group = mesh.column if r == 0 else None
         if group is not None:
             sent.add(group, [local.numel() * dtype.itemsize] * group.size)
             if backward:

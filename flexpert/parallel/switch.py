@@ -46,12 +46,14 @@ def _gathered(parameter: Any, layout: ParamLayout, mesh: ExpertMesh, r: int, dty
     local = parameter.to_local()
     if layout.slice_dim is None:
         group = mesh.column if r == 0 else None
-        whole = _Gather.apply(local, dtype, group, 1, 0, 1.0 / mesh.expert_ranks)
-        first_block = mesh.slice < block_size(mesh, r)
-        return whole if first_block or not layout.once or r <= 1 else whole * 0
+        whole: Tensor = _Gather.apply(local, dtype, group, 1, 0, 1.0 / mesh.expert_ranks)
+        if not layout.once or r <= 1 or mesh.slice < block_size(mesh, r):
+            return whole
+        return whole.masked_fill(whole.new_ones((), dtype=torch.bool), 0.0)  # added by another block
     size = block_size(mesh, r)
     group = mesh.whole if r == 0 else mesh.blocks[size]
-    return _Gather.apply(local, dtype, group, size, layout.slice_dim, 1.0 / mesh.whole.size)
+    joined: Tensor = _Gather.apply(local, dtype, group, size, layout.slice_dim, 1.0 / mesh.whole.size)
+    return joined
 
 
 class _Gather(torch.autograd.Function):
@@ -62,7 +64,7 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, local: Tensor, dtype: torch.dtype, group: Group | None, slices: int, dim: int, scale: float
     ) -> Tensor:
         ctx.dtype, ctx.group, ctx.slices, ctx.dim, ctx.scale = local.dtype, group, slices, dim, scale

@@ -61,7 +61,7 @@ class ExpertParallel:
             if bank.remote:
                 _check_bank_allows(plan, bank, f"{self.name}.{name}" if name else self.name, self.mesh)
 
-    @torch.compiler.disable  # counts decide what is sent: the graph breaks here
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # counts decide what is sent
     def __call__(
         self,
         x_TD: Tensor,
@@ -91,7 +91,8 @@ class ExpertParallel:
             if len(parts) > 1 or len(past)
             else parts[0]
         )
-        return combine(rows_NO, routing, x_TD.dtype)
+        y_TO: Tensor = combine(rows_NO, routing, x_TD.dtype)
+        return y_TO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,20 +222,22 @@ class _Bound(nn.Module):
         slot_e = None
         if self.experts is not None:
             slot_e = torch.arange(self.experts.start, self.experts.stop, device=counts_e.device)
-        return self.bank.rows(rows_RD, unit_R, counts_e, slot_e)
+        y_RO: Tensor = self.bank.rows(rows_RD, unit_R, counts_e, slot_e)
+        return y_RO
 
     def rows(self, rows_RD: Tensor, unit_R: Tensor, counts_e: Tensor, weights: dict[str, Tensor]) -> Tensor:
         named = {f"bank.{name}": weight for name, weight in weights.items()}
-        return functional_call(self, named, (rows_RD, unit_R, counts_e))
+        y_RO: Tensor = functional_call(self, named, (rows_RD, unit_R, counts_e))
+        return y_RO
 
 
 def _rows(bank: Any, rows_ND: Tensor, counts_E: Tensor, weights: dict[str, Tensor] | None) -> Tensor:
     """Results of rows on this rank, in place."""
     unit_N = torch.arange(rows_ND.shape[0], device=rows_ND.device)
     counts_E = counts_E.to(rows_ND.device)
-    if weights is None:
-        return bank.rows(rows_ND, unit_N, counts_E)
-    return bank.rows(rows_ND, unit_N, counts_E, weights)
+    bound = () if weights is None else (weights,)
+    y_NO: Tensor = bank.rows(rows_ND, unit_N, counts_E, *bound)
+    return y_NO
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
