@@ -17,6 +17,7 @@ from flexpert.core.plan import ExecutionPlan
 from .gradients import GradientSync
 from .layout import shard_bank
 from .mesh import ExpertMesh
+from .state import accept_full_tensors
 from .transport import ExpertParallel, prepare
 
 DENSE = ("ddp", "fsdp")
@@ -82,6 +83,7 @@ def parallelize(
     elif dense == "fsdp":
         policy = MixedPrecisionPolicy(param_dtype=mixed_precision)
         fully_shard(model, mesh=dense_mesh or _flat(mesh), mp_policy=policy, ignored_params=experts)
+    accept_full_tensors(model)
     return model
 
 
