@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -9,8 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 from flexpert import MoE, MoEConfig
+from flexpert.core.errors import FlexpertError
 from flexpert.parallel import clip_grad_norm_, expert_mesh, groups_by_mesh, parallelize
+from flexpert.train import checkpoint, dcp_storage
 from flexpert.train.checkpoint import latest_checkpoint, save_checkpoint
+from flexpert.train.saver import CheckpointSaver
 from flexpert.train.state import collect_state, restore_checkpoint
 
 D, E, F = 6, 24, 8
@@ -97,8 +104,8 @@ def resume_runs(folders, dense):
     for folder in folders:
         model, optimizer, x = build(dense, seed=11)
         step(model, optimizer, x)
-        checkpoint = restore_checkpoint(latest_checkpoint(Path(folder)), model, optimizer)
-        assert checkpoint.state == {"number": checkpoint.step}
+        loaded = restore_checkpoint(latest_checkpoint(Path(folder)), model, optimizer)
+        assert loaded.state == {"number": loaded.step}
         results.append((whole(model, optimizer), torch.get_rng_state(), step(model, optimizer, x)))
     return results
 
@@ -110,3 +117,104 @@ def whole(model, optimizer):
         for name, value in collect_state(model, optimizer).items()
         if not name.startswith("random")
     }
+
+
+def save_and_die(folder, victim, where):
+    """The first checkpoint is written; in the second one a rank is killed when it comes to `where`."""
+    model, optimizer, _ = build("ddp")
+    tensors = collect_state(model, optimizer)
+    save_checkpoint(Path(folder), 1, tensors, {})
+    if dist.get_rank() == victim:
+        setattr(checkpoint, where, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    save_checkpoint(Path(folder), 2, tensors, {})
+
+
+def save_on_a_full_disk(folder):
+    """Rank 1 has no room the second time; what each rank raises, and what lies there afterwards."""
+    model, optimizer, _ = build("ddp")
+    tensors = collect_state(model, optimizer)
+    save_checkpoint(Path(folder), 1, tensors, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))
+    try:
+        raised = _error_of(lambda: save_checkpoint(Path(folder), 2, tensors, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    dist.barrier()
+    left = sorted(path.name for path in Path(folder).iterdir())
+    dist.barrier()
+    save_checkpoint(Path(folder), 3, tensors, {})
+    return raised, left
+
+
+def resume_with_faults(folder):
+    """What each rank raises where a file has another bit, or rank 1 another model; whether state moved."""
+    model, optimizer, x = build("fsdp", seed=11)
+    step(model, optimizer, x)
+    before, path = whole(model, optimizer), latest_checkpoint(Path(folder))
+    errors = {}
+    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
+        dist.barrier()
+        content = (path / name).read_bytes()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (path / name).write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+        dist.barrier()
+        errors[name] = _error_of(lambda: restore_checkpoint(path, model, optimizer))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (path / name).write_bytes(content)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        model.register_buffer("other", torch.zeros(3))
+    errors["other model"] = _error_of(lambda: restore_checkpoint(path, model, optimizer))
+    if dist.get_rank() == 1:
+        del model.other
+    after = whole(model, optimizer)
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    restore_checkpoint(path, model, optimizer)  # now that all is mended
+    return errors, same, whole(model, optimizer)
+
+
+def save_in_background(folder):
+    """Training goes on while a save is held up; then a save fails, and the next one says so."""
+    model, optimizer, x = train("ddp")
+    hold, write = threading.Event(), checkpoint.write_tensors
+
+    def write_late(*args):
+        hold.wait(60)
+        write(*args)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    writer = dcp_storage._AnonymousWriter
+    with CheckpointSaver(Path(folder)) as saver:
+        checkpoint.write_tensors = write_late
+        try:
+            want = whole(model, optimizer)
+            saver.save(2, collect_state(model, optimizer), {"number": 2})
+            loss = step(model, optimizer, x)
+            published = latest_checkpoint(Path(folder))
+            hold.set()
+            path = saver.wait()
+            if dist.get_rank() == 1:
+                writer.write_data = fail
+            saver.save(3, collect_state(model, optimizer), {"number": 3})
+            saver._thread.join()
+            if dist.get_rank() == 1:
+                del writer.write_data
+            told = _error_of(lambda: saver.save(4, collect_state(model, optimizer), {"number": 4}))
+            saver.save(5, collect_state(model, optimizer), {"number": 5})
+        finally:
+            checkpoint.write_tensors = write
+    return want, loss, published, path.name, told, whole(model, optimizer)
+
+
+def _error_of(work):
+    try:
+        work()
+    except FlexpertError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
