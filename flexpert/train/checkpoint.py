@@ -156,9 +156,13 @@ def load_checkpoint(
     """
     path, ranks = Path(path), Ranks(group)
     remedy = _remedy(path)
-    manifests = ranks.together(lambda: read_manifest(path, remedy))
-    manifest = manifests[ranks.rank]
-    if any(hash_manifest(other) != hash_manifest(manifest) for other in manifests):
+    manifest: dict[str, Any] = {}
+
+    def read() -> str:
+        manifest.update(read_manifest(path, remedy))
+        return hash_manifest(manifest)
+
+    if len(set(ranks.together(read))) > 1:
         raise CheckpointError(
             f"the ranks find different checkpoints under {path}; remedy: use a disk that all ranks share"
         )

@@ -58,6 +58,18 @@ def test_any_number_of_ranks_resumes_any_other(tmp_path, dense):
     check_worlds(tmp_path, WORLDS, dense)
 
 
+def test_one_rank_and_one_process_are_the_same(tmp_path):
+    """A model laid out over one rank, and one that is not laid out."""
+    folders = [str(tmp_path / name) for name in ("rank", "process")]
+    (rank,) = run_ranks(save_run, 1, folders[0], "fsdp")
+    process = save_run(folders[1], "fsdp")
+    for results in (resume_runs(folders, "fsdp"), *run_ranks(resume_runs, 1, folders, "fsdp")):
+        for (state, random, loss), saved in zip(results, (rank, process), strict=True):
+            assert_state(state, saved[0])
+            assert torch.equal(random, saved[1])
+            torch.testing.assert_close(loss, saved[2], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("victim", "where"), [(1, "write_tensors"), (1, "hash_files"), (0, "write_manifest")]
 )
