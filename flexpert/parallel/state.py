@@ -110,7 +110,7 @@ def accept_full_tensors(model: nn.Module) -> None:
 class _TakeParts:
     """A hook that puts this rank's part in place of each whole tensor that is given for a DTensor."""
 
-    def __init__(self, cut: dict[str, tuple[DeviceMesh, Sequence[Placement]]]) -> None:
+    def __init__(self, cut: Mapping[str, tuple[DeviceMesh, Sequence[Placement]]]) -> None:
         self._cut = cut
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _TakeParts:

@@ -40,7 +40,7 @@ def collect_state(
     """
     ranks = Ranks(group)
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"{_OPTIMIZER}{names[parameter]}.{key}"] = value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -121,5 +123,6 @@ def test_a_save_in_the_background(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("FLEXPERT_MANY_RANKS" not in os.environ, reason="set FLEXPERT_MANY_RANKS for eight ranks")
 def test_six_and_eight_ranks(tmp_path):
     check_worlds(tmp_path, [1, 2, 3, 4, 6, 8], "fsdp")
