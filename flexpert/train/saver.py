@@ -68,10 +68,15 @@ class CheckpointSaver:
                 self.folder, step, tensors, state, self.keep, group=self._ranks.group
             )
             return
-        described = merge_descriptions(
-            self._ranks.together(lambda: check_arguments(step, tensors, state, self.keep))
-        )
-        copies = {name: _copy(tensor) for name, tensor in tensors.items()}
+        copies: dict[str, Tensor] = {}
+
+        def prepare() -> dict[str, str]:
+            described = check_arguments(step, tensors, state, self.keep)
+            copies.update((name, _copy(tensor)) for name, tensor in tensors.items())
+            return described
+
+        # Together, so that no rank's thread waits for one that had no memory for its copies.
+        described = merge_descriptions(self._ranks.together(prepare))
         kept = copy.deepcopy(dict(state))
 
         def write() -> None:
