@@ -15,6 +15,7 @@ from flexpert import ops
 from flexpert.core.config import require_int
 from flexpert.core.layout import ParamLayout
 from flexpert.core.routing import Routing
+from flexpert.core.seeding import Initial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class ExpertBank(nn.Module):
         sliceable: the result is a sum over slices of the hidden dimension.
         row_independent: a row's result depends on that row alone.
         has_fused: `fused` may be called.
+        initial: what parameters begin with, by name; with it a bank may be built on the meta device and laid
+            out over ranks, each of which then draws its own experts only.
     """
 
     remote: bool = True
@@ -67,6 +70,7 @@ class ExpertBank(nn.Module):
         ):
             require_int(name, value, least=1)
         self.num_experts, self.model_dim, self.output_dim = num_experts, model_dim, output_dim
+        self.initial: dict[str, Initial] = {}
 
     def forward(self, batch: ExpertBatch) -> Tensor:
         """Results (N, O) of the rows; 0 past the real rows and for experts of other banks."""

@@ -12,7 +12,7 @@ from flexpert.core.config import check_bias, require_bool, require_int, require_
 from flexpert.core.layout import ParamLayout
 from flexpert.core.registry import EXPERTS
 from flexpert.core.routing import Routing
-from flexpert.core.seeding import draw_base, draw_trunc_normal, draw_uniform, fill_per_expert
+from flexpert.core.seeding import Constant, Drawn, draw_base, draw_trunc_normal, draw_uniform
 from flexpert.ops.activations import get_activation
 from flexpert.ops.memory import prefer_huge_pages
 
@@ -78,10 +78,10 @@ class MLPExperts(ExpertBank):
                 draw = partial(draw_uniform, bound=weight.shape[-1] ** -0.5)
             else:
                 draw = partial(draw_trunc_normal, std=self.init_std)
-            fill_per_expert(weight, base, name, draw)
-        for bias in (self.b1, self.b2):
-            if bias is not None:
-                nn.init.zeros_(bias)
+            self.initial[name] = Drawn(base, name, draw)
+        self.initial |= {"b1": Constant(0.0), "b2": Constant(0.0)}
+        for name, parameter in self.named_parameters(recurse=False):
+            self.initial[name].fill(parameter)
 
     def forward(self, batch: ExpertBatch) -> Tensor:
         """Results (N, O) of the rows; see `ExpertBank.forward`."""

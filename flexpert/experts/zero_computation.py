@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flexpert.core.registry import EXPERTS
 from flexpert.core.routing import Routing
-from flexpert.core.seeding import draw_base, draw_normal, draw_uniform, fill_per_expert
+from flexpert.core.seeding import Drawn, draw_base, draw_normal, draw_uniform
 
 from .bank import ExpertBank, ExpertBatch, slots_of_rows, weighted_sum
 
@@ -68,8 +68,10 @@ class ConstantExperts(_LocalExperts):
         self.weight = nn.Parameter(torch.empty(num_experts, 2, model_dim))
         self.value = nn.Parameter(torch.empty(num_experts, model_dim))
         base = draw_base()
-        fill_per_expert(self.weight, base, "weight", partial(draw_uniform, bound=model_dim**-0.5))
-        fill_per_expert(self.value, base, "value", draw_normal)
+        self.initial["weight"] = Drawn(base, "weight", partial(draw_uniform, bound=model_dim**-0.5))
+        self.initial["value"] = Drawn(base, "value", draw_normal)
+        for name, parameter in self.named_parameters(recurse=False):
+            self.initial[name].fill(parameter)
 
     def forward(self, batch: ExpertBatch) -> Tensor:
         """Results (N, D) of the rows; see `ExpertBank.forward`."""

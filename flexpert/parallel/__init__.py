@@ -6,7 +6,9 @@ from flexpert.core.plan import ExecutionPlan
 
 from .gradients import clip_grad_norm_, groups_by_mesh, loss_weight, no_sync
 from .mesh import ExpertMesh, expert_mesh
+from .meta import materialize
 from .parallelize import parallelize
+from .state import full_state_dict, load_full_state_dict
 from .transport import ExpertParallel
 
 __all__ = [
@@ -15,8 +17,11 @@ __all__ = [
     "ExpertParallel",
     "clip_grad_norm_",
     "expert_mesh",
+    "full_state_dict",
     "groups_by_mesh",
+    "load_full_state_dict",
     "loss_weight",
+    "materialize",
     "no_sync",
     "parallelize",
 ]

@@ -13,6 +13,7 @@ from flexpert.core.errors import ConfigError
 from flexpert.core.layout import ParamLayout
 
 from .mesh import ExpertMesh
+from .meta import initial_part, knows_initial
 
 
 class Bank(Protocol):
@@ -81,12 +82,34 @@ def shard_bank(bank: Bank, mesh: ExpertMesh) -> list[tuple[nn.Parameter, ParamLa
         done += [(p, None) for name, p in group.named_parameters() if name not in layouts]
         for name, layout in layouts.items():
             old = getattr(group, name)
-            local = local_part(old.detach(), layout, mesh)
+            if old.is_meta:
+                local = initial_part(group, name, old.shape, layout, mesh, old.dtype)
+            else:
+                local = local_part(old.detach(), layout, mesh)
             whole = DTensor.from_local(local, mesh.device_mesh, placements(layout), run_check=False)
             new = nn.Parameter(whole, requires_grad=old.requires_grad)
             setattr(group, name, new)
             done.append((new, layout))
     return done
+
+
+def laid_out(bank: Bank) -> dict[str, nn.Parameter]:
+    """The parameters that `shard_bank` replaces, by their names in the bank.
+
+    Raises:
+        ConfigError: one is on the meta device, and the bank does not know what it begins with.
+    """
+    found = {}
+    for group_name, group in bank.groups().items():
+        for name in group.layout() if group.remote else ():
+            parameter = getattr(group, name)
+            if parameter.is_meta and not knows_initial(group, name):
+                raise ConfigError(
+                    f"{type(group).__name__}.{name} is on the meta device, and the bank has no "
+                    f"initial[{name!r}] to draw experts from; define it, or build the bank on a real device"
+                )
+            found[f"{group_name}.{name}" if group_name else name] = parameter
+    return found
 
 
 def local_part(whole: Tensor, layout: ParamLayout, mesh: ExpertMesh) -> Tensor:

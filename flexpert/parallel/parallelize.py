@@ -17,8 +17,10 @@ from flexpert.core.plan import ExecutionPlan
 
 from .gradients import GradientSync
 from .group import Group
-from .layout import shard_bank
+from .layout import laid_out, shard_bank
 from .mesh import ExpertMesh
+from .meta import bases, fill_dense
+from .state import accept_full_tensors
 from .transport import ExpertParallel, prepare
 
 DENSE = ("ddp", "fsdp")
@@ -39,6 +41,9 @@ def parallelize(
     All ranks call it with the same model: built from the same seed, or loaded from the same checkpoint.
     Expert parameters become DTensors on the mesh; the optimiser is built after this. Router, shared experts,
     zero-computation experts and experts that are modules of their own stay dense.
+
+    The model may have been built on the meta device: each rank then makes its own experts only, and all of
+    the dense part, with values that do not depend on the number of ranks; see `flexpert.parallel.meta`.
 
     Args:
         model: holds layers `flexpert.MoE` at any depth, or is one.
@@ -71,6 +76,7 @@ def parallelize(
             raise ConfigError(f"layer {name!r} is laid out already; parallelize a model once")
     default = ExecutionPlan() if plan is None else plan
     transports = {name: prepare(name, layer.experts, mesh, default, verify) for name, layer in layers.items()}
+    fill_dense(model, mesh.device_mesh.device_type, _laid_out(layers))
     _compare_models(model, mesh)
     sync = GradientSync()
     experts: set[nn.Parameter] = set()
@@ -83,7 +89,12 @@ def parallelize(
         _replicate(model, mesh, dense_mesh, experts)
     elif dense == "fsdp":
         policy = MixedPrecisionPolicy(param_dtype=mixed_precision)
-        fully_shard(model, mesh=dense_mesh or _flat(mesh), mp_policy=policy, ignored_params=experts)
+        scalars = {p for p in model.parameters() if p.dim() == 0}  # FSDP refuses them; they stay whole
+        for parameter in model.parameters():
+            if parameter in scalars:
+                sync.watch(parameter, mesh.everyone)
+        fully_shard(model, mesh=dense_mesh or _flat(mesh), mp_policy=policy, ignored_params=experts | scalars)
+    accept_full_tensors(model)
     return model
 
 
@@ -101,6 +112,11 @@ def _ranks_with_copies(layout: ParamLayout | None, mesh: ExpertMesh) -> Group:
     if layout is None:
         return mesh.everyone
     return mesh.same_expert if layout.slice_dim is None else mesh.same_slice
+
+
+def _laid_out(layers: dict[str, Any]) -> set[torch.Tensor]:
+    """The parameters of which each rank has a part."""
+    return {p for layer in layers.values() for p in laid_out(layer.experts).values()}
 
 
 def _replicate(
@@ -132,7 +148,8 @@ def _compare_models(model: nn.Module, mesh: ExpertMesh) -> None:
     facts = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     world = (mesh.num_experts, mesh.replicas, mesh.expert_ranks, mesh.slices, mesh.ranks_per_node)
     sums = torch.stack([_digest(p) for p in model.parameters()] or [torch.zeros(())]).sum()
-    own = torch.tensor([_hash(repr(facts)), _hash(repr(world)), _hash(sums.numpy().tobytes())])
+    values = sums.numpy().tobytes() + repr(bases(model)).encode()
+    own = torch.tensor([_hash(repr(facts)), _hash(repr(world)), _hash(values)])
     all_ = own.new_empty(mesh.everyone.size * 3)
     mesh.everyone.all_gather(all_, own).wait()
     for rank, theirs in zip(mesh.ranks, all_.view(-1, 3).tolist(), strict=True):

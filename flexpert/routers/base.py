@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from flexpert.core.config import require_int
 from flexpert.core.context import RoutingContext
 from flexpert.core.routing import AnyRouting
+from flexpert.core.seeding import Initial
 
 
 class Router(nn.Module):
@@ -22,6 +23,7 @@ class Router(nn.Module):
 
     Attributes:
         dense: True where `forward` returns a `DenseRouting`.
+        initial: what parameters and buffers begin with, by name.
     """
 
     dense: bool = False
@@ -31,6 +33,7 @@ class Router(nn.Module):
         require_int("model_dim", model_dim, least=1)
         require_int("num_experts", num_experts, least=1)
         self.model_dim, self.num_experts = model_dim, num_experts
+        self.initial: dict[str, Initial] = {}
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> AnyRouting:
         """Route T tokens.

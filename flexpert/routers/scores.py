@@ -8,6 +8,7 @@ A score is a base class with `score(x_TD, context) -> logits_TE` (fp32, fp64 for
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from flexpert.core.config import require_bool, require_int, require_number
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError, InputError
 from flexpert.core.registry import suggest
-from flexpert.core.seeding import derive_seed, draw_base
+from flexpert.core.seeding import Constant, Drawn, derive_seed, draw_base, draw_normal
 
 from .base import Router
 from .noise import uniform
@@ -30,14 +31,11 @@ def routing_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def normal_parameter(shape: tuple[int, ...], std: float) -> nn.Parameter:
-    """A parameter of normal values from a generator of its own, seeded from the global one."""
-    parameter = nn.Parameter(torch.empty(shape))
-    if not parameter.is_meta:
-        generator = torch.Generator().manual_seed(derive_seed(draw_base(), "router"))
-        with torch.no_grad():
-            parameter.copy_(torch.empty(shape, device="cpu").normal_(0, std, generator=generator))
-    return parameter
+def add_normal_weight(router: Router, shape: tuple[int, ...], std: float) -> None:
+    """Give a router a parameter `weight` of normal values from a generator of its own."""
+    router.weight = nn.Parameter(torch.empty(shape))
+    router.initial["weight"] = Drawn(draw_base(), "router", partial(draw_normal, std=std), per_expert=False)
+    router.initial["weight"].fill(router.weight)
 
 
 class LinearScore(Router):
@@ -47,11 +45,13 @@ class LinearScore(Router):
         fp32: compute in fp32 whatever the dtype of x (the weight keeps its dtype); else in x's dtype.
     """
 
+    weight: nn.Parameter
+
     def __init__(self, *, model_dim: int, num_experts: int, fp32: bool = True, **rules: Any) -> None:
         super().__init__(model_dim=model_dim, num_experts=num_experts, **rules)
         require_bool("fp32", fp32)
         self.fp32 = fp32
-        self.weight = normal_parameter((num_experts, model_dim), 1 / math.sqrt(model_dim))
+        add_normal_weight(self, (num_experts, model_dim), 1 / math.sqrt(model_dim))
 
     def score(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """Logits (T, E)."""
@@ -77,6 +77,8 @@ class CosineScore(Router):
         min_temperature: its floor.
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         *,
@@ -98,8 +100,9 @@ class CosineScore(Router):
             )
         self.max_log_scale = math.log(1 / min_temperature)
         self.projector = nn.Linear(model_dim, proj_dim)
-        self.weight = normal_parameter((num_experts, proj_dim), 0.01)
+        add_normal_weight(self, (num_experts, proj_dim), 0.01)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.initial["log_scale"] = Constant(math.log(1 / temperature))
 
     def score(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """Logits (T, E)."""

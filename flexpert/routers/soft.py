@@ -13,10 +13,11 @@ from flexpert.core.context import RoutingContext
 from flexpert.core.errors import InputError
 from flexpert.core.registry import ROUTERS, check_options, keyword_names
 from flexpert.core.routing import DenseRouting
+from flexpert.core.seeding import Constant
 
 from .base import Router
 from .overrides import refuse, refuse_settings
-from .scores import normal_parameter, routing_dtype
+from .scores import add_normal_weight, routing_dtype
 
 
 class SoftRouter(Router):
@@ -33,6 +34,7 @@ class SoftRouter(Router):
     """
 
     dense = True
+    weight: nn.Parameter
 
     def __init__(
         self, *, model_dim: int, num_experts: int, slots_per_expert: int = 1, normalize: bool = True
@@ -41,8 +43,9 @@ class SoftRouter(Router):
         require_int("slots_per_expert", slots_per_expert, least=1)
         require_bool("normalize", normalize)
         self.slots_per_expert, self.normalize = slots_per_expert, normalize
-        self.weight = normal_parameter((num_experts * slots_per_expert, model_dim), model_dim**-0.5)
+        add_normal_weight(self, (num_experts * slots_per_expert, model_dim), model_dim**-0.5)
         self.scale = nn.Parameter(torch.ones(())) if normalize else None
+        self.initial["scale"] = Constant(1.0)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> DenseRouting:
         """Route T tokens; see `Router.forward`."""

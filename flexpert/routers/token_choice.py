@@ -22,7 +22,7 @@ from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError, InputError
 from flexpert.core.registry import ROUTERS, Spec, check_options, keyword_names, split_spec, suggest
 from flexpert.core.routing import Routing
-from flexpert.core.seeding import derive_seed, draw_base
+from flexpert.core.seeding import Constant, derive_seed, draw_base
 from flexpert.core.unset import pick
 
 from . import noise
@@ -101,6 +101,7 @@ class TokenChoiceRouter(Router):
         if learned_noise:
             self.noise_weight = nn.Parameter(torch.zeros(num_experts, model_dim))
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
+        self.initial |= {"noise_weight": Constant(0.0), "selection_bias": Constant(0.0)}
         base = draw_base()
         self.seeds = {purpose: derive_seed(base, purpose) for purpose in ("gate", "jitter", "selection")}
 

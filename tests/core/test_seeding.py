@@ -7,12 +7,12 @@ from functools import partial
 import torch
 
 from flexpert.core.seeding import (
+    Drawn,
     derive_seed,
     draw_base,
     draw_normal,
     draw_trunc_normal,
     draw_uniform,
-    fill_per_expert,
 )
 
 
@@ -42,41 +42,41 @@ def test_base_comes_from_the_global_generator():
 
 def test_an_expert_is_drawn_whole_from_its_own_generator():
     weights = torch.empty(5, 4, 3)
-    fill_per_expert(weights, 7, "w1", draw_normal)
+    Drawn(7, "w1", draw_normal).fill(weights)
     for expert in (0, 3):
         generator = torch.Generator().manual_seed(derive_seed(7, expert, "w1"))
         assert torch.equal(weights[expert], torch.empty(4, 3).normal_(generator=generator))
     other = torch.empty(5, 4, 3)
-    fill_per_expert(other, 7, "w2", draw_normal)
+    Drawn(7, "w2", draw_normal).fill(other)
     assert not torch.equal(weights, other)
 
 
 def test_dtypes_hold_the_same_values():
     full, half = torch.empty(2, 6), torch.empty(2, 6, dtype=torch.bfloat16)
     for weights in (full, half):
-        fill_per_expert(weights, 7, "w1", draw_normal)
+        Drawn(7, "w1", draw_normal).fill(weights)
     assert torch.equal(full.bfloat16(), half)
 
 
 def test_parameters_and_meta_tensors():
     parameter = torch.nn.Parameter(torch.empty(2, 3))
-    fill_per_expert(parameter, 0, "w1", draw_normal)
+    Drawn(0, "w1", draw_normal).fill(parameter)
     assert parameter.requires_grad
-    fill_per_expert(torch.empty(2, 3, device="meta"), 0, "w1", draw_normal)
+    Drawn(0, "w1", draw_normal).fill(torch.empty(2, 3, device="meta"))
 
 
 def test_global_generator_is_left_alone():
     before = torch.get_rng_state()
-    fill_per_expert(torch.empty(3, 100), 0, "w1", partial(draw_trunc_normal, std=1.0))
+    Drawn(0, "w1", partial(draw_trunc_normal, std=1.0)).fill(torch.empty(3, 100))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_distributions():
     weights = torch.empty(1, 50_000)
-    fill_per_expert(weights, 0, "w", partial(draw_uniform, bound=0.5))
+    Drawn(0, "w", partial(draw_uniform, bound=0.5)).fill(weights)
     assert 0.4999 < weights.abs().max() <= 0.5
     assert abs(weights.std() - 0.5 / 3**0.5) < 0.005
-    fill_per_expert(weights, 0, "w", partial(draw_normal, std=2.0))
+    Drawn(0, "w", partial(draw_normal, std=2.0)).fill(weights)
     assert abs(weights.std() - 2) < 0.03
-    fill_per_expert(weights, 0, "w", partial(draw_trunc_normal, std=2.0))
+    Drawn(0, "w", partial(draw_trunc_normal, std=2.0)).fill(weights)
     assert 3.9 < weights.abs().max() <= 4
