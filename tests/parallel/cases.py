@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from flexpert import MoE, MoEConfig, RoutingContext
-from flexpert.experts import ModuleExperts
+from flexpert.experts import ExpertBank, ModuleExperts
 from flexpert.parallel import ExecutionPlan, clip_grad_norm_, expert_mesh, groups_by_mesh, parallelize
 from flexpert.routers import build_router
 
@@ -141,6 +141,14 @@ def _reset(layer, optimizer, start):
             parameter.to_local().copy_(value.to_local())
         else:
             parameter.copy_(value)
+
+
+class ScaleExperts(ExpertBank):
+    """A bank of one's own: y = s * x, stacked, not sliceable."""
+
+    def __init__(self, num_experts):
+        super().__init__(num_experts=num_experts, model_dim=D, output_dim=D)
+        self.scale = torch.nn.Parameter(torch.randn(num_experts, D))
 
 
 def context_for(only, layer):
