@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -140,3 +141,34 @@ def test_one_expert_on_all_ranks():
 
 def test_one_rank():
     check("mixed", [5], plans(0, 1))
+
+
+LARGE = [
+    (8, {"num_experts": 8, "ranks_per_node": 4}, 8),
+    (8, {"num_experts": 8, "replicas": 2, "slices": 2, "ranks_per_node": 2}, 8),
+    (8, {"num_experts": 4, "ranks_per_node": 4}, 4),
+    (8, {"num_experts": 2, "ranks_per_node": 2}, 2),
+    (8, {"num_experts": 1, "ranks_per_node": 4}, 1),
+    (6, {"num_experts": 12, "ranks_per_node": 3}, 12),
+    (6, {"num_experts": 3, "ranks_per_node": 2}, 3),
+]
+
+
+@pytest.mark.skipif(
+    os.environ.get("FLEXPERT_MANY_RANKS") != "1", reason="6 and 8 ranks take minutes: FLEXPERT_MANY_RANKS=1"
+)
+@pytest.mark.parametrize(("world", "mesh", "experts"), LARGE, ids=str)
+def test_six_and_eight_ranks(world, mesh, experts):
+    counts = [3, 0, 5, 2, 1, 7, 4, 4][:world]
+    slices = mesh.get("slices", max(1, world // mesh.get("replicas", 1) // experts))
+    todo = [
+        {"r": r, "degree": degree, "algorithm": algorithm, "capacity": capacity}
+        for r in (0, *(n for n in range(1, slices + 1) if slices % n == 0))
+        for degree, algorithm, capacity in (
+            (1, "linear", "ragged"),
+            (2, "2dh", "ragged"),
+            (4, "2dh", "padded"),
+        )
+    ]
+    options = {"num_experts": experts, "top_k": min(2, experts)}
+    check("glu", counts, todo, mesh=mesh, norm=0.1, options=options)
