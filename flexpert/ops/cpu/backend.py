@@ -163,7 +163,7 @@ def grouped_mlp(
     pre = empty(x_TD, (rows + slack(dtype) if save else 0, width))
     if save:
         pre[rows:] = 0  # room that only the portable kernels use
-    y_TO = x_TD.new_empty(x_TD.shape[0], w2.shape[1])
+    y_TO = empty(x_TD, (x_TD.shape[0], w2.shape[1]))
     inputs = (
         _dense(x_TD, dtype), unit_N.contiguous(), _dense(weight_N, torch.float32), counts_E.contiguous(),
         None if slot_E is None else slot_E.contiguous(), w1.contiguous(), _dense(b1, dtype), w2.contiguous(),

@@ -97,6 +97,15 @@ def test_corners(make_case, which, size, dtype):
 
 
 @pytest.mark.each_cap
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("counts", [(66, 97, 0), (98, 74), (129, 16, 81), (235,)])
+def test_several_blocks_of_rows(make_case, counts, gated, dtype):
+    """Of 22 to 30 rows each, which the fp32 kernels of AVX-512 take in steps of five and six."""
+    check(make_case(tokens=50, model_dim=70, hidden_dim=66, counts=counts, gated=gated, dtype=dtype))
+
+
+@pytest.mark.each_cap
 @settings(max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.sampled_from(SIZES),

@@ -15,6 +15,17 @@ constexpr index TILE = BLOCK * BLOCK;
 
 using Sums = float (*)[TILE];  // of blocks
 
+// Of a product: one left operand and `parts` right ones, `apart` from each other. Where a unit can be TURNED, its left
+// tiles may be [k][row], `left_step` apart; and each tile has `height` k, the last one what is left of `k`.
+template <typename Element>
+struct Operands {
+  const Element *left, *right;
+  index apart, parts, k;
+  index height = BLOCK, left_step = TILE;
+  bool turned = false;
+  const Element *next_left = nullptr, *next_right = nullptr;  // what the next product begins with, if that is known
+};
+
 inline index blocks(index size) { return (size + BLOCK - 1) / BLOCK; }
 inline index least(index a, index b) { return a < b ? a : b; }
 

@@ -8,18 +8,19 @@
 namespace {
 
 constexpr index ABREAST = 1;  // right operands that are multiplied at once
-constexpr index RUN = 2;      // k blocks whose tiles stay in the first-level cache over all rows
+constexpr bool TURNED = false, EVEN = false;
+constexpr index RUN = 2;  // k blocks whose tiles stay in the first-level cache over all rows
 
 // sums += left x right for ROWS rows and 16 columns: 12 sums in registers at most.
 template <index ROWS>
-inline void multiply_rows(const float* left, const float* right, index count, float* sums, bool add) {
+inline void multiply_rows(const float* left, const float* right, index depth, float* sums, bool add) {
   __m256 low[ROWS], high[ROWS];
   for (index r = 0; r < ROWS; ++r) {
     low[r] = add ? _mm256_load_ps(sums + r * BLOCK) : _mm256_setzero_ps();
     high[r] = add ? _mm256_load_ps(sums + r * BLOCK + 8) : _mm256_setzero_ps();
   }
-  for (index tile = 0; tile < count; ++tile, left += TILE, right += TILE)
-    for (index k = 0; k < BLOCK; ++k) {
+  for (; depth > 0; depth -= BLOCK, left += TILE, right += TILE)
+    for (index k = 0; k < least(depth, BLOCK); ++k) {
       const __m256 b_low = _mm256_loadu_ps(right + k * BLOCK), b_high = _mm256_loadu_ps(right + k * BLOCK + 8);
 #pragma GCC unroll 6
       for (index r = 0; r < ROWS; ++r) {
@@ -41,17 +42,16 @@ struct ProductsOfFloats {
 
   explicit ProductsOfFloats(index) {}
 
-  // sums[part] = left x right[part] over `count` k blocks, for the first `rows` rows at least; `work` is called
-  // once per part and k block.
+  // sums[part] = left x right[part] for the first `rows` rows at least; `work` is called once per part and k block.
   template <typename Work>
-  void operator()(const Element* left, const Element* right, index stride, index parts, index count, Sums sums,
-                  index rows, const Work& work) const {
-    for (index k = 0; k < count; k += RUN, left += RUN * TILE, right += RUN * TILE) {
-      const index depth = least(RUN, count - k);
-      for (index i = 0; i < depth * parts; ++i) work();
-      const Wide wide_left(left, depth, least(BLOCK, rows + 5));  // those that are multiplied
-      for (index part = 0; part < parts; ++part) {
-        const Wide wide_right(right + part * stride, depth, BLOCK);
+  void operator()(const Operands<Element>& o, Sums sums, index rows, const Work& work) const {
+    const Element *left = o.left, *right = o.right;
+    for (index k = 0; k < o.k; k += RUN * BLOCK, left += RUN * TILE, right += RUN * TILE) {
+      const index depth = least(RUN * BLOCK, o.k - k), tiles = blocks(depth);
+      for (index i = 0; i < tiles * o.parts; ++i) work();
+      const Wide wide_left(left, tiles, least(BLOCK, rows + 5));  // those that are multiplied
+      for (index part = 0; part < o.parts; ++part) {
+        const Wide wide_right(right + part * o.apart, tiles, BLOCK);
         for (index half = 0; half < BLOCK; half += 16)
           multiply(wide_left.tiles, wide_right.tiles + half, depth, sums[part] + half, rows, k > 0);
       }

@@ -92,6 +92,7 @@ inline void pack_right_transposed(Element* tile, const Element* const* rows, ind
 }
 
 constexpr index ABREAST = 1;  // right operands that are multiplied at once
+constexpr bool TURNED = false, EVEN = false;
 
 // Lives in each thread as long as it multiplies: AMX needs its tiles configured.
 struct Multiplier {
@@ -112,12 +113,13 @@ struct Multiplier {
   }
   Multiplier(const Multiplier&) = delete;
 
-  // sums[part] = left x right[part] over `count` k blocks, for the first `rows` rows at least. Other `work` is
-  // called once per part and k block, to run on the units that the product leaves idle.
+  // sums[part] = left x right[part] for the first `rows` rows at least. Other `work` is called once per part and k
+  // block, to run on the units that the product leaves idle.
   template <typename Work>
-  void operator()(const Element* left, const Element* right, index stride, index parts, index count, Sums sums,
-                  index rows, const Work& work) const {
-    for (index part = 0; part < parts; ++part, right += stride) {
+  void operator()(const Operands<Element>& o, Sums sums, index rows, const Work& work) const {
+    const index count = blocks(o.k);
+    const Element *left = o.left, *right = o.right;
+    for (index part = 0; part < o.parts; ++part, right += o.apart) {
       if (!amx) {
         for (index k = 0; k < count; ++k) work();
         for (index r = 0; r < rows; r += 8) dot_rows(left + r * BLOCK, right, count, sums[part] + r * BLOCK);

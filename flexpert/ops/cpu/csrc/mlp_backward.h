@@ -13,14 +13,15 @@ struct BackwardCall {  // in the order of `BACKWARD` in backend.py
   index d_rows, d_x, d_weight, d_w1, d_b1, d_w2, d_b2;
 };
 
-// A block of g, and all that follows from it elementwise: rows of weight * hidden and weight * d pre, which a last
-// step packs into the operands of the products over rows.
+// A block of g, and all that follows from it elementwise: rows of weight * hidden and weight * d pre, which last
+// steps pack into the operands of the products over rows, unless these are TURNED.
 struct HiddenGradient {
   using Row = void (*)(const HiddenGradient&, index, const float*);
   index steps = 0, count = 0;
   index width = 0, stride = 0, halves = 0, weight_stride = 0;
   Row row = nullptr;
   const Element* pre = nullptr;      // the first of its rows, at the block's columns
+  index next = 0;                    // from there to those of the next product
   const float* weight = nullptr;     // of its rows
   float* weight_parts = nullptr;     // of its rows, at its column
   float (*d_bias)[BLOCK] = nullptr;  // [half][column]
@@ -67,6 +68,10 @@ template <index KIND>
 void hidden_gradient_row(const HiddenGradient& h, index r, const float* grad) {
   const Vector factor = constant(h.weight ? h.weight[r] : 1.0f);
   const Element *gate = h.pre + r * h.halves * h.stride, *up = gate + h.stride;
+  for (index half = 0; half < h.halves; ++half) {
+    prefetch(gate + half * h.stride + h.next);
+    if (sizeof(Element) == 4) prefetch(gate + half * h.stride + h.next + 16);
+  }
   Vector value[2], d_gate[2], d_up[2], product[2];
   for (int i = 0; i < 2; ++i) {
     const Vector g = load(grad + 16 * i), weighted = mul(g, factor);
@@ -142,10 +147,10 @@ class Backward {
     };
     desk.is_shared = is_shared;
     buffer(desk.dy_left, needs_hidden, rows * output * TILE);
-    buffer(desk.dy_transposed, c.d_w2, rows * output * TILE);
+    buffer(desk.dy_transposed, c.d_w2 && !TURNED, rows * output * TILE);
     buffer(desk.x_right, c.d_w1, rows * model * TILE);
-    buffer(desk.d_pre_left, c.d_x, rows * halves * hidden * TILE);
-    buffer(desk.d_pre_transposed, c.d_w1, rows * halves * hidden * TILE);
+    buffer(desk.d_pre_left, c.d_x || (c.d_w1 && TURNED), rows * halves * hidden * TILE);
+    buffer(desk.d_pre_transposed, c.d_w1 && !TURNED, rows * halves * hidden * TILE);
     buffer(desk.hidden_right, c.d_w2, rows * hidden * TILE);
     buffer(desk.weight_parts, c.d_weight, rows * hidden * BLOCK);
     buffer(desk.panel, !is_shared, WIDEST * std::max(output, halves * hidden) * TILE);
@@ -157,11 +162,12 @@ class Backward {
     if (needs_hidden) hidden_gradient(wave, desk, multiply);
     if (c.d_weight) sum_weight_parts(wave, desk);
     if (c.d_w2)
-      outer_product(wave, desk, multiply, pointer<Element>(c.d_w2), desk.dy_transposed, output, c.output, 1,
+      outer_product(wave, desk, multiply, pointer<Element>(c.d_w2), TURNED ? desk.dy_left : desk.dy_transposed,
+                    output, c.output, 1,
                     desk.hidden_right, hidden, c.hidden);
     if (c.d_w1)
-      outer_product(wave, desk, multiply, pointer<Element>(c.d_w1), desk.d_pre_transposed, hidden, c.hidden, halves,
-                    desk.x_right, model, c.model);
+      outer_product(wave, desk, multiply, pointer<Element>(c.d_w1), TURNED ? desk.d_pre_left : desk.d_pre_transposed,
+                    hidden, c.hidden, halves, desk.x_right, model, c.model);
     if (c.d_x) input_gradient(wave, desk, multiply);
   }
 
@@ -205,7 +211,7 @@ class Backward {
         dy.ask(k * BLOCK + AHEAD);
         const index at = k * BLOCK, width = c.output - at;
         pack_left(desk.dy_left + (b * output + k) * TILE, dy.at, at, width);
-        if (c.d_w2)
+        if (desk.dy_transposed)
           pack_left_transposed(desk.dy_transposed + (first * output + k * segment.blocks + j) * TILE, dy.at, at,
                                width);
       }
@@ -248,7 +254,8 @@ class Backward {
 
   // g, and all that follows from it elementwise. One task: some column blocks of the hidden layer of a segment.
   void hidden_gradient(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
-    const index width = task_width(hidden, desk.is_shared ? c.threads : 1), groups = (hidden + width - 1) / width;
+    const index width = task_width(hidden, output, desk.is_shared ? c.threads : 1);
+    const index groups = (hidden + width - 1) / width;
     Pipeline<HiddenGradient> pipeline(multiply);
     alignas(64) Element rows[2][3][TILE];
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
@@ -261,10 +268,15 @@ class Backward {
       const Area soon = columns_of_k(weights, c.hidden, c.output, next, next ? width : 0);
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j;
-        pipeline.products(desk.dy_left + b * output * TILE, desk.panel, output, number, wave.rows[b].count,
+        Operands<Element> operands = {desk.dy_left + b * output * TILE, desk.panel, output * TILE, 1, c.output};
+        operands.next_left = operands.left + output * TILE;
+        operands.next_right = desk.panel;
+        const index last = (number - 1) / ABREAST * ABREAST, row = wave.rows[b].count * halves * c.hidden;
+        pipeline.products(operands, number, wave.rows[b].count,
                           desk.is_shared ? packed_rows(desk.dy_left, b + 1, output) : soon,
                           desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks, [&](index i) {
-                            return hidden_gradient_of(wave, desk, b, first + i, rows[i % 2], d_bias[i]);
+                            const index next = i < last ? ABREAST * BLOCK : row - last * BLOCK;
+                            return hidden_gradient_of(wave, desk, b, first + i, next, rows[i % 2], d_bias[i]);
                           });
       }
       pipeline.drain();
@@ -284,30 +296,31 @@ class Backward {
     }
   }
 
-  HiddenGradient hidden_gradient_of(const Wave& wave, const Desk& desk, index b, index column,
+  HiddenGradient hidden_gradient_of(const Wave& wave, const Desk& desk, index b, index column, index next,
                                     Element (&rows)[3][TILE], float (&d_bias)[2][BLOCK]) const {
     const RowBlock& block = wave.rows[b];
     const Segment& segment = wave.segments[block.segment];
     const index start = segment.first_block, j = b - start, first = column * BLOCK;
     HiddenGradient result;
-    result.steps = BLOCK + halves + 1;
+    result.steps = TURNED ? block.count : BLOCK + halves + 1;
     result.count = block.count;
     result.width = c.hidden - first;
     result.stride = c.hidden;
     result.halves = halves;
     result.weight_stride = hidden;
     result.row = HIDDEN_GRADIENT_ROW[c.activation];
+    result.next = next;
     result.pre = pointer<Element>(c.pre) + block.start * halves * c.hidden + first;
     if (weight()) result.weight = weight() + block.start;
     if (c.d_weight) result.weight_parts = desk.weight_parts + b * BLOCK * hidden + column;
     if (c.d_b1) result.d_bias = d_bias;
-    result.hidden_rows = rows[2];
     if (c.d_w2) result.hidden_right = desk.hidden_right + (start * hidden + column * segment.blocks + j) * TILE;
+    result.hidden_rows = TURNED ? result.hidden_right : rows[2];
     for (index half = 0; half < halves; ++half) {
       const index place = half * hidden + column;
-      if (c.d_x) result.d_pre_rows[half] = desk.d_pre_left + (b * halves * hidden + place) * TILE;
+      if (desk.d_pre_left) result.d_pre_rows[half] = desk.d_pre_left + (b * halves * hidden + place) * TILE;
       else if (c.d_w1) result.d_pre_rows[half] = rows[half];
-      if (c.d_w1)
+      if (desk.d_pre_transposed)
         result.d_pre_transposed[half] =
             desk.d_pre_transposed + (start * halves * hidden + place * segment.blocks + j) * TILE;
     }
@@ -324,7 +337,8 @@ class Backward {
     });
   }
 
-  // A weight gradient (slots, parts, size, columns): the product of two operands whose k are a segment's rows.
+  // A weight gradient (slots, parts, size, columns): the product of two operands whose k are a segment's rows. The
+  // left one's tiles are [block][rows], or where they are TURNED [rows][block].
   // One task: some row blocks of the gradient, whose left operands stay in the cache over all columns.
   void outer_product(const Wave& wave, const Desk& desk, const Multiplier& multiply, Element* target,
                      const Element* left, index left_blocks, index size, index parts, const Element* right,
@@ -335,15 +349,18 @@ class Backward {
     Pipeline<StoreRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
-      const index first = task % groups * GROUP, depth = segment.blocks;
+      const index first = task % groups * GROUP, depth = segment.blocks, left_step = TURNED ? all * TILE : TILE;
       const Element* lefts = left + segment.first_block * all * TILE;
       const Element* rights = right + segment.first_block * right_blocks * TILE;
       for (index column = 0; column < right_blocks; column += ABREAST)
         for (index row = first; row < least(first + GROUP, all); ++row) {
           const index within = row % left_blocks * BLOCK, height = least(BLOCK, size - within);
           Element* place = target + ((segment.slot * parts + row / left_blocks) * size + within) * columns;
-          pipeline.products(lefts + row * depth * TILE, rights + column * depth * TILE, depth,
-                            least(ABREAST, right_blocks - column), height,
+          Operands<Element> operands = {lefts + row * (TURNED ? 1 : depth) * TILE, rights + column * depth * TILE,
+                                        depth * TILE, 1, segment.count, segment.height, left_step, TURNED};
+          operands.next_left = operands.left + (TURNED ? 1 : depth) * TILE;
+          operands.next_right = operands.right;
+          pipeline.products(operands, least(ABREAST, right_blocks - column), height,
                             packed_rows(rights, column / ABREAST + 1, ABREAST * depth),
                             row - first, GROUP, [&](index i) {
                               const index at = (column + i) * BLOCK;
@@ -358,8 +375,8 @@ class Backward {
 
   // One task: some column blocks of the rows' gradients of a segment.
   void input_gradient(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
-    const index width = task_width(model, desk.is_shared ? c.threads : 1), groups = (model + width - 1) / width;
-    const index depth = halves * hidden;
+    const index depth = halves * hidden, width = task_width(model, depth, desk.is_shared ? c.threads : 1);
+    const index groups = (model + width - 1) / width;
     Pipeline<StoreRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
@@ -372,7 +389,11 @@ class Backward {
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j;
         const RowBlock& rows = wave.rows[b];
-        pipeline.products(desk.d_pre_left + b * depth * TILE, desk.panel, depth, number, rows.count,
+        Operands<Element> operands = {desk.d_pre_left + b * depth * TILE, desk.panel, depth * TILE, 1,
+                                      halves == 1 ? c.hidden : depth * BLOCK};
+        operands.next_left = operands.left + depth * TILE;
+        operands.next_right = desk.panel;
+        pipeline.products(operands, number, rows.count,
                           desk.is_shared ? packed_rows(desk.d_pre_left, b + 1, depth) : soon,
                           desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks, [&](index i) {
                             const index at = (first + i) * BLOCK;

@@ -122,11 +122,11 @@ class Pipeline {
  public:
   explicit Pipeline(const Multiplier& multiply) : multiply(multiply) {}
 
-  // The right operands are `stride` apart, and `depth` k blocks deep.
-  void product(const Element* left, const Element* right, index stride, index parts, index depth, index rows,
-               Ahead ahead, const Epilogue& first, const Epilogue* second = nullptr) {
-    const index calls = std::max<index>(1, parts * depth), share = (left_over() + calls - 1) / calls;
-    multiply(left, right, stride, parts, depth, sums[turn], rows, [&] {
+  void product(const Operands<Element>& operands, index rows, Ahead ahead, const Epilogue& first,
+               const Epilogue* second = nullptr) {
+    const index calls = std::max<index>(1, operands.parts * k_blocks(operands));
+    const index share = (left_over() + calls - 1) / calls;
+    multiply(operands, sums[turn], rows, [&] {
       ahead.step();
       for (index i = 0; i < share && at < end; ++i) advance();
     });
@@ -141,16 +141,21 @@ class Pipeline {
   // The products of one left operand with `number` right ones, ABREAST at a time; `epilogue(i)` makes that of the i-th.
   // `soon` is what comes next, of which this is share `part` of `parts`.
   template <typename Make>
-  void products(const Element* left, const Element* right, index depth, index number, index rows, const Area& soon,
-                index part, index parts, const Make& epilogue) {
-    const index times = (number + ABREAST - 1) / ABREAST, stride = depth * TILE;
-    for (index i = 0; i < number; i += ABREAST) {
+  void products(Operands<Element> operands, index number, index rows, const Area& soon, index part, index parts,
+                const Make& epilogue) {
+    const index times = (number + ABREAST - 1) / ABREAST, depth = k_blocks(operands);
+    const Element *left = operands.next_left, *right = operands.next_right;
+    for (index i = 0; i < number; i += ABREAST, operands.right += ABREAST * operands.apart) {
       const Ahead ahead(soon, part * times + i / ABREAST, parts * times, ABREAST * depth);
-      if (ABREAST == 2 && i + 1 < number) {
+      const bool ends = i + ABREAST >= number;
+      operands.parts = least(ABREAST, number - i);
+      operands.next_left = ends ? left : operands.left;
+      operands.next_right = ends ? right : operands.right + ABREAST * operands.apart;
+      if (operands.parts == 2) {
         const Epilogue second = epilogue(i + 1);
-        product(left, right + i * stride, stride, 2, depth, rows, ahead, epilogue(i), &second);
+        product(operands, rows, ahead, epilogue(i), &second);
       } else {
-        product(left, right + i * stride, stride, 1, depth, rows, ahead, epilogue(i));
+        product(operands, rows, ahead, epilogue(i));
       }
     }
   }
@@ -160,6 +165,8 @@ class Pipeline {
   }
 
  private:
+  static index k_blocks(const Operands<Element>& o) { return (o.k + o.height - 1) / o.height; }
+
   index left_over() const {
     index steps = -done;
     for (index i = at; i < end; ++i) steps += pending[i].steps;
@@ -242,13 +249,15 @@ void each(bool is_shared, index count, const Body& body) {
   }
 }
 
-constexpr index WIDEST = sizeof(Element) == 2 ? 8 : 4;
+constexpr bool IS_BF16 = sizeof(Element) == 2;
+constexpr index WIDEST = IS_BF16 ? 8 : 4, PANEL_TILES = IS_BF16 ? 2048 : 128;
 
 // Column blocks a task works on, so that packed rows are read once for all of them: as many as leave each
-// of the threads some tasks to choose from.
-inline index task_width(index column_blocks, index threads) {
-  if (threads == 1) return least(WIDEST, column_blocks);
-  return std::max<index>(1, least(WIDEST, column_blocks / (2 * threads)));
+// of the threads some tasks to choose from, and leave the second-level cache room beside their `depth` tiles each.
+inline index task_width(index column_blocks, index depth, index threads) {
+  const index most = least(WIDEST, std::max<index>(2, PANEL_TILES / std::max<index>(1, depth)));
+  if (threads == 1) return least(most, column_blocks);
+  return std::max<index>(1, least(most, column_blocks / (2 * threads)));
 }
 
 // Plan, place the buffers of and run one pass over all rows.

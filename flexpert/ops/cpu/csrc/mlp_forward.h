@@ -154,7 +154,8 @@ class Forward {
   // One task: some column blocks of the hidden layer for all rows of a segment.
   void first_product(const Wave& wave, const Desk& desk, const Element* packed_x, Element* packed_hidden,
                      const Multiplier& multiply) const {
-    const index width = task_width(hidden, desk.is_shared ? c.threads : 1), groups = (hidden + width - 1) / width;
+    const index width = task_width(hidden, model, desk.is_shared ? c.threads : 1);
+    const index groups = (hidden + width - 1) / width;
     Pipeline<HiddenRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
@@ -171,19 +172,25 @@ class Forward {
                              : columns_of(second_weights(segment), 1, c.output, c.hidden, 0, WIDEST);
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j, rows = wave.rows[b].count;
-        const Element* left = packed_x + b * model * TILE;
+        Operands<Element> operands = {packed_x + b * model * TILE, desk.panel, model * TILE, halves, c.model};
+        operands.next_left = operands.left + model * TILE;
+        operands.next_right = desk.panel;
         const Area area = desk.is_shared ? packed_rows(packed_x, b + 1, model) : soon;
         const index part = desk.is_shared ? 0 : j, parts = desk.is_shared ? 1 : segment.blocks;
         const auto epilogue = [&](index i) {
           return hidden_rows(wave.rows[b], segment.slot, first + i, packed_hidden + (b * hidden + first + i) * TILE);
         };
         if (!c.gated) {
-          pipeline.products(left, desk.panel, model, number, rows, area, part, parts, epilogue);
+          pipeline.products(operands, number, rows, area, part, parts, epilogue);
           continue;
         }
-        for (index i = 0; i < number; ++i)
-          pipeline.product(left, desk.panel + 2 * i * model * TILE, model * TILE, 2, model, rows,
-                           Ahead(area, part * number + i, parts * number, 2 * model), epilogue(i));
+        const Operands<Element> next = operands;
+        for (index i = 0; i < number; ++i, operands.right += 2 * model * TILE) {
+          const bool ends = i + 1 == number;
+          operands.next_left = ends ? next.next_left : operands.left;
+          operands.next_right = ends ? desk.panel : operands.right + 2 * model * TILE;
+          pipeline.product(operands, rows, Ahead(area, part * number + i, parts * number, 2 * model), epilogue(i));
+        }
       }
       pipeline.drain();
     });
@@ -192,7 +199,7 @@ class Forward {
   HiddenRows hidden_rows(const RowBlock& rows, index slot, index column, Element* tile) const {
     const index first = column * BLOCK;
     HiddenRows result;
-    result.steps = BLOCK;
+    result.steps = EVEN ? rows.count : BLOCK;
     result.count = rows.count;
     result.width = c.hidden - first;
     result.stride = c.hidden;
@@ -207,7 +214,8 @@ class Forward {
   // One task: some column blocks of the output for all rows of a segment.
   void second_product(const Wave& wave, const Desk& desk, const Element* packed_hidden,
                       const Multiplier& multiply) const {
-    const index width = task_width(output, desk.is_shared ? c.threads : 1), groups = (output + width - 1) / width;
+    const index width = task_width(output, hidden, desk.is_shared ? c.threads : 1);
+    const index groups = (output + width - 1) / width;
     Pipeline<StoreRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
@@ -221,7 +229,10 @@ class Forward {
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j;
         const RowBlock& rows = wave.rows[b];
-        pipeline.products(packed_hidden + b * hidden * TILE, desk.panel, hidden, number, rows.count,
+        Operands<Element> operands = {packed_hidden + b * hidden * TILE, desk.panel, hidden * TILE, 1, c.hidden};
+        operands.next_left = operands.left + hidden * TILE;
+        operands.next_right = desk.panel;
+        pipeline.products(operands, number, rows.count,
                           desk.is_shared ? packed_rows(packed_hidden, b + 1, hidden) : soon,
                           desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks,
                           [&](index i) { return output_rows(rows, segment.slot, first + i); });

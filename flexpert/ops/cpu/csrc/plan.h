@@ -29,6 +29,7 @@ struct Segment {
   index start, count;          // its rows
   index slot;                  // its weights
   index first_block, blocks;   // its row blocks in the wave
+  index height;                // of these, but for the last one
   bool again;                  // an earlier wave has written gradients of this slot
 };
 
@@ -122,10 +123,11 @@ struct Plan {
   }
 
   void add(Wave& wave, const Found& f) {
-    const index first = wave.rows.size(), number = wave.segments.size();
-    wave.segments.push_back({f.start, f.count, f.slot, first, blocks(f.count), is_used[f.slot] != 0});
-    for (index done = 0; done < f.count; done += BLOCK)
-      wave.rows.push_back({f.start + done, least(BLOCK, f.count - done), number});
+    const index first = wave.rows.size(), number = wave.segments.size(), parts = blocks(f.count);
+    const index height = EVEN ? (f.count + parts - 1) / parts : BLOCK;
+    wave.segments.push_back({f.start, f.count, f.slot, first, parts, height, is_used[f.slot] != 0});
+    for (index done = 0; done < f.count; done += height)
+      wave.rows.push_back({f.start + done, least(height, f.count - done), number});
     is_used[f.slot] = 1;
   }
 };
