@@ -32,6 +32,7 @@ __all__ = [
     "get_activation",
     "grouped_linear",
     "grouped_mlp",
+    "grouped_mlp_packed",
     "report",
     "route",
     "router_logits",
@@ -44,6 +45,7 @@ _gather_rows = OPERATORS.gather_rows.default
 _grouped_linear = OPERATORS.grouped_linear.default
 _scatter_combine = OPERATORS.scatter_combine.default
 _grouped_mlp = OPERATORS.grouped_mlp.default
+_grouped_mlp_packed = OPERATORS.grouped_mlp_packed.default
 _route = OPERATORS.route.default
 _router_logits = OPERATORS.router_logits.default
 
@@ -194,3 +196,34 @@ def grouped_mlp(
     args = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation, *modes
     y_TO, _ = _call(_grouped_mlp, *args)
     return y_TO
+
+
+def grouped_mlp_packed(
+    x_TD: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    slot_E: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    hidden_dim: int,
+    output_dim: int,
+    activation: str,
+) -> Tensor:
+    """`grouped_mlp` with weights from `flexpert.ops.packing.pack_mlp`: forward only, bf16.
+
+    Args:
+        hidden_dim: F, which the packed weights do not tell.
+        output_dim: O, likewise.
+        x_TD, and the rest: as for `grouped_mlp`; w1 and w2 are packed.
+
+    Raises:
+        ConfigError: the activation is unknown.
+        FlexpertError: a gradient is asked for, in the backward pass.
+    """
+    args = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, hidden_dim, output_dim, activation
+    if (whole := override()) is not None:
+        return whole.grouped_mlp_packed(*args)
+    return _call(_grouped_mlp_packed, *args)

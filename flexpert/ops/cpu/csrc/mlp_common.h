@@ -102,6 +102,10 @@ inline Area packed_rows(const Element* tiles, index b, index depth) {
   return {tiles + b * depth * TILE, bytes, bytes, 1};
 }
 
+inline Area packed_panels(const Element* first, index tiles) {
+  return {first, tiles * TILE * (index)sizeof(Element), 0, tiles > 0 ? 1 : 0};
+}
+
 inline Area columns_of(const Element* weights, index parts, index columns, index size, index first, index number) {
   const index count = least(columns - first * BLOCK, number * BLOCK), line = size * sizeof(Element);
   return {weights + first * BLOCK * size, std::max<index>(0, count * line), columns * line, count > 0 ? parts : 0};
