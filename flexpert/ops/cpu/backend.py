@@ -192,8 +192,8 @@ def grouped_mlp_packed(
     output_dim: int,
     activation: str,
 ) -> Tensor:
-    """y_TO. Where the instructions take no packed weights, as on the machine of another, unpacks them."""
-    if packing.why_not(x_TD.device, x_TD.dtype) is not None:
+    """y_TO; unpacks the weights where AVX2 runs bf16, as on another machine than packed them."""
+    if x_TD.dtype != torch.bfloat16 or native().instructions(x_TD.dtype) == "AVX2":
         w1, w2 = packing.unpack_mlp(w1, w2, x_TD.shape[1], hidden_dim, output_dim)
         args = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation
         return grouped_mlp(*args, save=False)[0]
