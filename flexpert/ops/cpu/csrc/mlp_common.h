@@ -78,7 +78,7 @@ struct Ahead {
     const index first = part * share;
     left = least(share, per_row * area.rows - first);
     if (left <= 0 || steps <= 0) return;
-    lines = least(sizeof(Element) == 2 ? 4 : 32, (share + steps - 1) / steps);
+    lines = least(sizeof(Element) == 2 ? 8 : 32, (share + steps - 1) / steps);
     const char* row = static_cast<const char*>(area.base) + first / per_row * stride;
     next = row + first % per_row * 64;
     row_end = row + bytes;

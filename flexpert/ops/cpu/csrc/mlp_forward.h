@@ -93,6 +93,15 @@ class Forward {
 
   index panel_size() const { return WIDEST * std::max(model * halves, hidden) * TILE; }
 
+  // Column blocks of a task: of one thread's own experts so few that the next ones can be asked for meanwhile and
+  // find room beside them in the second-level cache, where products are that fast.
+  index width_of(index column_blocks, index depth, bool is_shared) const {
+    constexpr index NEAR_TILES = 64;
+    if (is_shared) return task_width(column_blocks, c.threads);
+    const index widest = task_width(column_blocks, 1);
+    return Multiplier::HAS_TILES ? least(std::max<index>(1, NEAR_TILES / depth), widest) : widest;
+  }
+
   void clear_idle() const {
     const index size = halves * c.hidden * sizeof(Element);
     for (const RowBlock& rows : plan.idle) clear(pointer<char>(c.pre) + rows.start * size, rows.count * size);
@@ -191,7 +200,7 @@ class Forward {
   // One task: some column blocks of the hidden layer for all rows of a segment.
   void first_product(const Wave& wave, const Desk& desk, const Element* packed_x, Element* packed_hidden,
                      const Multiplier& multiply) const {
-    const index width = task_width(hidden, desk.is_shared ? c.threads : 1), groups = (hidden + width - 1) / width;
+    const index width = width_of(hidden, halves * model, desk.is_shared), groups = (hidden + width - 1) / width;
     Pipeline<HiddenRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
@@ -201,7 +210,9 @@ class Forward {
                             packed_hidden + segment.first_block * hidden * TILE, desk.panel, multiply);
       const Element* panels = pack_first(segment.slot, first, number, desk.panel);
       const index next = first + number;  // at the end: the second weights
-      const Area soon = next < hidden ? first_area(segment.slot, next, width) : second_area(segment.slot, 0, WIDEST);
+      const Area soon = next < hidden
+                            ? first_area(segment.slot, next, width)
+                            : second_area(segment.slot, 0, width_of(output, hidden, desk.is_shared));
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j, rows = wave.rows[b].count;
         const Element* left = packed_x + b * model * TILE;
@@ -240,7 +251,7 @@ class Forward {
   // One task: some column blocks of the output for all rows of a segment.
   void second_product(const Wave& wave, const Desk& desk, const Element* packed_hidden,
                       const Multiplier& multiply) const {
-    const index width = task_width(output, desk.is_shared ? c.threads : 1), groups = (output + width - 1) / width;
+    const index width = width_of(output, hidden, desk.is_shared), groups = (output + width - 1) / width;
     Pipeline<StoreRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
