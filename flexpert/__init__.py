@@ -10,6 +10,7 @@ from .core.info import MoEInfo
 from .core.routing import CapacityRouting, DenseRouting, Routing
 from .core.stats import RoutingStats
 from .core.unset import UNSET
+from .experts import prepack, unpack
 from .layer import MoE
 from .scope import routing_scope
 
@@ -32,5 +33,7 @@ __all__ = [
     "RoutingContext",
     "RoutingStats",
     "__version__",
+    "prepack",
     "routing_scope",
+    "unpack",
 ]

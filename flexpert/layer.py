@@ -155,9 +155,9 @@ class MoE(nn.Module):
 
     def num_active_params(self) -> int:
         """Parameters a token meets: everything outside the experts, and the K largest experts."""
-        everything = sum(p.numel() for p in self.parameters())
         per_expert = sorted(self.experts.params_of_experts(), reverse=True)
-        return everything - sum(per_expert[self._top_k() :])
+        everything, experts = (sum(p.numel() for p in m.parameters()) for m in (self, self.experts))
+        return everything - experts + sum(per_expert[: self._top_k()])
 
     def flops_per_token(self) -> int:
         """Floating-point operations of the matrix products per token, with its K costliest experts."""

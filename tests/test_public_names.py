@@ -26,7 +26,9 @@ NAMES = {
         "RoutingContext",
         "RoutingStats",
         "__version__",
+        "prepack",
         "routing_scope",
+        "unpack",
     ],
     "flexpert.balancers": ["BiasBalancer"],
     "flexpert.experts": [
@@ -38,10 +40,13 @@ NAMES = {
         "MLPExperts",
         "MixedExperts",
         "ModuleExperts",
+        "PackableBank",
         "SharedExpert",
         "ZeroExperts",
         "build_experts",
         "build_shared",
+        "prepack",
+        "unpack",
     ],
     "flexpert.losses": [
         "balance",

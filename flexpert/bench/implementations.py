@@ -19,7 +19,10 @@ from torch import Tensor
 
 from flexpert import ops
 from flexpert.core.config import MoEConfig
+from flexpert.experts import prepack
 from flexpert.layer import MoE
+from flexpert.ops import packing
+from flexpert.ops.memory import prefer_huge_pages
 
 from .problem import Problem
 
@@ -120,8 +123,35 @@ def fused(problem: Problem) -> Step:
     return step
 
 
+def prepacked(problem: Problem) -> Step:
+    """`fused` with weights in the layout of the kernels: `flexpert.prepack`."""
+    shape = problem.shape
+    if (reason := packing.why_not(problem.w1.device, problem.dtype)) is not None:
+        raise UnavailableError(reason)
+    w1, w2 = packing.pack_mlp(problem.w1.detach(), problem.w2.detach())
+    for packed in (w1, w2):
+        prefer_huge_pages(packed)
+    sizes = shape.hidden_dim, shape.model_dim
+
+    def step() -> Tensor:
+        order, counts = ops.assign(problem.id_TK.reshape(-1), shape.num_experts)
+        weight = problem.weight_TK.reshape(-1)[order]
+        return ops.grouped_mlp_packed(
+            problem.x_TD, order // shape.top_k, weight, counts, None,
+            w1, None, w2, None, *sizes, shape.activation,
+        )  # fmt: skip
+
+    return step
+
+
 def layer(problem: Problem) -> Step:
     """A whole `flexpert.MoE`, router included, with the problem's parameters."""
+    moe = make_layer(problem)
+    return lambda: moe(problem.x_TD)
+
+
+def make_layer(problem: Problem) -> MoE:
+    """In eval mode, sharing the problem's parameters."""
     shape = problem.shape
     config = MoEConfig(
         model_dim=shape.model_dim,
@@ -136,7 +166,14 @@ def layer(problem: Problem) -> Step:
         moe = MoE(config).to(problem.dtype)
     parameters = {"router.weight": problem.router_ED, "experts.w1": problem.w1, "experts.w2": problem.w2}
     moe.load_state_dict(parameters, assign=True)
-    moe.eval()
+    return moe.eval()
+
+
+def prepacked_layer(problem: Problem) -> Step:
+    """`layer` after `flexpert.prepack`."""
+    moe = make_layer(problem)
+    if (reason := prepack(moe)["experts"]) is not None:
+        raise UnavailableError(reason)
     return lambda: moe(problem.x_TD)
 
 
@@ -251,7 +288,9 @@ def einsum(problem: Problem) -> Step:
 
 OURS = (
     Implementation(name="flexpert", make=fused),
+    Implementation(name="flexpert prepacked", make=prepacked, modes=(FORWARD, DECODE)),
     Implementation(name="flexpert layer", make=layer),
+    Implementation(name="flexpert prepacked layer", make=prepacked_layer, modes=(FORWARD, DECODE)),
     Implementation(name="flexpert portable", make=fused, backend="portable"),
 )
 REFERENCES = (

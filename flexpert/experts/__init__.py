@@ -13,6 +13,7 @@ from .bank import ExpertBank, ExpertBatch
 from .mixed import MixedExperts
 from .mlp import GLUExperts, MLPExperts
 from .modules import ModuleExperts
+from .packed import PackableBank, prepack, unpack
 from .shared import SharedExpert
 from .zero_computation import ConstantExperts, CopyExperts, ZeroExperts
 
@@ -25,10 +26,13 @@ __all__ = [
     "MLPExperts",
     "MixedExperts",
     "ModuleExperts",
+    "PackableBank",
     "SharedExpert",
     "ZeroExperts",
     "build_experts",
     "build_shared",
+    "prepack",
+    "unpack",
 ]
 
 

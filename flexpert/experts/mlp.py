@@ -16,10 +16,11 @@ from flexpert.core.seeding import Constant, Drawn, draw_base, draw_trunc_normal,
 from flexpert.ops.activations import get_activation
 from flexpert.ops.memory import prefer_huge_pages
 
-from .bank import ExpertBank, ExpertBatch, autocast_dtype, cast
+from .bank import ExpertBatch, autocast_dtype, cast
+from .packed import PackableBank
 
 
-class MLPExperts(ExpertBank):
+class MLPExperts(PackableBank):
     """Experts y = act(x W1^T + b1) W2^T + b2, each stored as `nn.Linear` stores it, stacked.
 
     Parameters: `w1` (E, F, D), `w2` (E, O, F), `b1` (E, F), `b2` (E, O).
@@ -86,7 +87,7 @@ class MLPExperts(ExpertBank):
     def forward(self, batch: ExpertBatch) -> Tensor:
         """Results (N, O) of the rows; see `ExpertBank.forward`."""
         rows_ND = batch.rows_ND.to(autocast_dtype(batch.rows_ND))
-        if self.recompute:  # of the operators here, the fused one alone can
+        if self.recompute or self.is_packed:  # of the operators here, the fused one alone can
             every_N = torch.arange(len(rows_ND), device=rows_ND.device)
             return self._fused(rows_ND, every_N, None, batch.counts_E, batch.slot_E)
         w1, b1, w2, b2 = self.weights_in(rows_ND.dtype)
@@ -124,6 +125,8 @@ class MLPExperts(ExpertBank):
         self, x_TD: Tensor, unit_N: Tensor, weight_N: Tensor | None, counts_E: Tensor, slot_E: Tensor | None
     ) -> Tensor:
         """`ops.grouped_mlp` with the bank's weights, in x's dtype."""
+        if self.is_packed:
+            return self._fused_packed(x_TD, unit_N, weight_N, counts_E, slot_E)
         if isinstance(self.w1, nn.Parameter) and not torch.compiler.is_compiling():  # not gathered for a call
             prefer_huge_pages(self.w1)
             prefer_huge_pages(self.w2)
@@ -134,15 +137,18 @@ class MLPExperts(ExpertBank):
 
     def flops_of_experts(self) -> list[int]:
         """2 per weight."""
-        return [2 * (self.w1[0].numel() + self.w2[0].numel())] * self.num_experts
+        inner = (2 if self.gated else 1) * self.model_dim
+        return [2 * self.hidden_dim * (inner + self.output_dim)] * self.num_experts
 
     def weights_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """(w1, b1, w2, b2) in the dtype of a computation."""
-        return self.w1.to(dtype), cast(self.b1, dtype), self.w2.to(dtype), cast(self.b2, dtype)
+        """(w1, b1, w2, b2) in the dtype of a computation; copies where the weights are packed."""
+        w1, w2 = self._unpacked() if self.is_packed else (self.w1, self.w2)
+        return w1.to(dtype), cast(self.b1, dtype), w2.to(dtype), cast(self.b2, dtype)
 
     def extra_repr(self) -> str:
         """Shapes and activation, for `print(module)`."""
-        return f"E={self.num_experts}, D={self.model_dim}, F={self.hidden_dim}, activation={self.activation}"
+        sizes = f"E={self.num_experts}, D={self.model_dim}, F={self.hidden_dim}"
+        return f"{sizes}, activation={self.activation}{', packed' if self.is_packed else ''}"
 
 
 class GLUExperts(MLPExperts):

@@ -40,7 +40,7 @@ class SharedExpert(nn.Module):
         expert = self.expert
         x = x_TD.to(autocast_dtype(x_TD))
         with torch.autocast(x.device.type, enabled=False):
-            if expert.recompute:
+            if expert.recompute or expert.is_packed:
                 all_E = torch.full((1,), len(x), device=x.device)
                 y_TO = expert(ExpertBatch(rows_ND=x, counts_E=all_E, unit_N=None))
             else:

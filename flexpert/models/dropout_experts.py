@@ -50,6 +50,8 @@ class DropoutMLPExperts(MLPExperts):
 
     def forward(self, batch: ExpertBatch) -> Tensor:
         """Results (N, O) of the rows; see `ExpertBank.forward`."""
+        if self.is_packed:  # and so in eval mode
+            return super().forward(batch)
         rows_ND = batch.rows_ND.to(autocast_dtype(batch.rows_ND))
         w1, b1, w2, b2 = self.weights_in(rows_ND.dtype)
         pre_NF = ops.grouped_linear(rows_ND, w1, b1, batch.counts_E, batch.slot_E)

@@ -8,7 +8,6 @@ waits for the device. Sums are accumulated in fp32 (fp64 for fp64). All are diff
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from flexpert.core.errors import ConfigError
 
+from . import select
 from .activations import ACTIVATIONS, Activation, get_activation
 from .library_route import OPERATORS
 from .portable_route import SCORINGS
@@ -32,6 +32,7 @@ __all__ = [
     "get_activation",
     "grouped_linear",
     "grouped_mlp",
+    "grouped_mlp_packed",
     "report",
     "route",
     "router_logits",
@@ -43,17 +44,34 @@ _assign = OPERATORS.assign.default
 _gather_rows = OPERATORS.gather_rows.default
 _grouped_linear = OPERATORS.grouped_linear.default
 _scatter_combine = OPERATORS.scatter_combine.default
-_grouped_mlp = OPERATORS.grouped_mlp.default
-_route = OPERATORS.route.default
-_router_logits = OPERATORS.router_logits.default
+_OPERATORS = {
+    name: getattr(OPERATORS, name).default
+    for name in ("grouped_mlp", "grouped_mlp_packed", "route", "router_logits")
+}
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _call(operator: Callable[..., Any], *args: Any) -> Any:
-    """The operator; where no gradient is wanted, without the detour through autograd's Python."""
+def _call(name: str, *args: Any) -> Any:
+    """The operator of that name; where no gradient is wanted, without the detour through autograd's Python.
+
+    And where nobody watches, without the dispatcher: decoding waits for every microsecond, and it takes ten.
+    """
+    operator = _OPERATORS[name]
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operator(*args)
+    if _is_unwatched(args):
+        return select.kernel(name, "cpu", args[0].dtype)(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+def _is_unwatched(args: tuple[Any, ...]) -> bool:
+    """Whether the arguments are plain tensors on the CPU, and no mode, transform or profiler watches."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() or torch.autograd._profiler_enabled():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or not args[0].is_cpu:
+        return False
+    return all(type(arg) in _PLAIN or not isinstance(arg, Tensor) for arg in args)
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -106,14 +124,14 @@ def route(
     rules = top_k, scoring, bias_E, normalize, scale, -1 if limit is None else limit, prioritized
     if (whole := override()) is not None:
         return Routes(*whole.route(logits_TE, *rules))
-    return Routes(*_call(_route, logits_TE, *rules))
+    return Routes(*_call("route", logits_TE, *rules))
 
 
 def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     """logits_TE = x W^T in fp32 (fp64 for fp64): products and sums of the values as they are."""
     if (whole := override()) is not None:
         return whole.router_logits(x_TD, w_ED)
-    return _call(_router_logits, x_TD, w_ED)
+    return _call("router_logits", x_TD, w_ED)
 
 
 def gather_rows(x_TD: Tensor, unit_N: Tensor, counts_E: Tensor) -> Tensor:
@@ -192,5 +210,36 @@ def grouped_mlp(
     )
     modes = differentiates and not recompute, differentiates and recompute
     args = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation, *modes
-    y_TO, _ = _call(_grouped_mlp, *args)
+    y_TO, _ = _call("grouped_mlp", *args)
     return y_TO
+
+
+def grouped_mlp_packed(
+    x_TD: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    slot_E: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    hidden_dim: int,
+    output_dim: int,
+    activation: str,
+) -> Tensor:
+    """`grouped_mlp` with weights from `flexpert.ops.packing.pack_mlp`: forward only, bf16.
+
+    Args:
+        hidden_dim: F, which the packed weights do not tell.
+        output_dim: O, likewise.
+        x_TD, and the rest: as for `grouped_mlp`; w1 and w2 are packed.
+
+    Raises:
+        ConfigError: the activation is unknown.
+        FlexpertError: a gradient is asked for, in the backward pass.
+    """
+    args = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, hidden_dim, output_dim, activation
+    if (whole := override()) is not None:
+        return whole.grouped_mlp_packed(*args)
+    return _call("grouped_mlp_packed", *args)

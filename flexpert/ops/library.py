@@ -38,6 +38,10 @@ _SCHEMAS = {
         "(Tensor x, Tensor unit, Tensor? weight, Tensor counts, Tensor? slot, Tensor w1, Tensor? b1,"
         " Tensor w2, Tensor? b2, str activation, bool save, bool recompute=False) -> (Tensor, Tensor)"
     ),
+    "grouped_mlp_packed": (
+        "(Tensor x, Tensor unit, Tensor? weight, Tensor counts, Tensor? slot, Tensor w1, Tensor? b1,"
+        " Tensor w2, Tensor? b2, SymInt hidden_dim, SymInt output_dim, str activation) -> Tensor"
+    ),
     "grouped_mlp_pre": (
         "(Tensor x, Tensor unit, Tensor counts, Tensor? slot, Tensor w1, Tensor? b1) -> Tensor"
     ),
@@ -146,6 +150,24 @@ def _(
     return x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(rows, inner)
 
 
+@_fake("grouped_mlp_packed")
+def _(
+    x: Tensor,
+    unit: Tensor,
+    weight: Tensor | None,
+    counts: Tensor,
+    slot: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    hidden_dim: int,
+    output_dim: int,
+    activation: str,
+) -> Tensor:
+    return x.new_empty(x.shape[0], output_dim)
+
+
 @_fake("grouped_mlp_pre")
 def _(x: Tensor, unit: Tensor, counts: Tensor, slot: Tensor | None, w1: Tensor, b1: Tensor | None) -> Tensor:
     return x.new_empty(unit.shape[0] + slack(x.dtype), w1.shape[1:-1].numel())
@@ -194,6 +216,16 @@ def _refuse_twice(name: str, *twins: str) -> None:
 for _name in ("gather_rows", "grouped_linear", "scatter_combine"):
     _refuse_twice(_name)
 _refuse_twice("grouped_mlp", "grouped_mlp_pre")
+
+
+def _refuse_packed(ctx: Any, *grads: Tensor) -> Any:
+    raise FlexpertError(
+        "there is no backward pass through packed weights; call unpack() on the bank, or"
+        " flexpert.unpack(model), before training"
+    )
+
+
+_register_autograd("grouped_mlp_packed", _refuse_packed, lambda ctx, inputs, output: None)
 
 
 def _given(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:

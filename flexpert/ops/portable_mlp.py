@@ -14,6 +14,7 @@ from torch import Tensor
 from .activations import Activation, get_activation, hidden_backward, hidden_forward
 from .bags import RowSource, sum_rows, sum_runs, wide
 from .memory import empty
+from .packing import unpack_mlp
 from .products import outer_product, row_product, slack, turning_pays
 from .waves import Wave, waves
 
@@ -300,8 +301,29 @@ def grouped_mlp_backward(
     return tuple(none if some is None else some for some, none in zip(found, nothing, strict=True))
 
 
+def grouped_mlp_packed(
+    x_TD: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    slot_E: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    hidden_dim: int,
+    output_dim: int,
+    activation: str,
+) -> Tensor:
+    """y_TO; unpacks the weights at every call."""
+    w1, w2 = unpack_mlp(w1, w2, x_TD.shape[1], hidden_dim, output_dim)
+    args = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation
+    return grouped_mlp(*args, save=False)[0]
+
+
 KERNELS = {
     "grouped_mlp": grouped_mlp,
+    "grouped_mlp_packed": grouped_mlp_packed,
     "grouped_mlp_backward": grouped_mlp_backward,
     "grouped_mlp_pre": grouped_mlp_pre,
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .activations import get_activation
+from .packing import unpack_mlp
 from .portable_route import SCORINGS, TINY
 
 
@@ -137,3 +138,22 @@ def grouped_mlp(
         hidden = act(grouped_linear(rows_ND, w1, b1, counts_E, slot_E))
     rows_NO = grouped_linear(hidden, w2, b2, counts_E, slot_E)
     return scatter_combine(rows_NO, unit_N, weight_N, counts_E, len(x_TD), x_TD.dtype)
+
+
+def grouped_mlp_packed(
+    x_TD: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    slot_E: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    hidden_dim: int,
+    output_dim: int,
+    activation: str,
+) -> Tensor:
+    """See `flexpert.ops.grouped_mlp_packed`."""
+    w1, w2 = unpack_mlp(w1, w2, x_TD.shape[1], hidden_dim, output_dim)
+    return grouped_mlp(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation)

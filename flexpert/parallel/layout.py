@@ -51,6 +51,8 @@ def check_bank(name: str, bank: Bank, mesh: ExpertMesh) -> None:
         if not group.remote:
             continue
         where = f"{name}.{group_name}" if group_name else name
+        if getattr(group, "is_packed", False):
+            raise ConfigError(f"{where} is packed for inference; call flexpert.unpack(model) first")
         if group.num_experts % mesh.expert_ranks:
             raise ConfigError(
                 f"{where} has {group.num_experts} experts, which {mesh.expert_ranks} expert ranks do not "

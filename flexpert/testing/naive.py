@@ -238,11 +238,12 @@ def _expert(bank: ExpertBank, slot: int, x_D: Tensor) -> Tensor:
 
 def _feed_forward(bank: MLPExperts, slot: int, x_D: Tensor) -> Tensor:
     act = get_activation(bank.activation).forward
-    pre = bank.w1[slot] @ x_D
+    w1, _, w2, _ = bank.weights_in(x_D.dtype)
+    pre = w1[slot] @ x_D
     if bank.b1 is not None:
         pre = pre + bank.b1[slot]
     hidden = act(pre[0]) * pre[1] if isinstance(bank, GLUExperts) else act(pre)
-    y = bank.w2[slot] @ hidden
+    y = w2[slot] @ hidden
     return y if bank.b2 is None else y + bank.b2[slot]
 
 

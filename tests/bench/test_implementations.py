@@ -9,10 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from flexpert import ops
 from flexpert.bench.implementations import LARGEST_DISPATCH, OURS, PLAIN, REFERENCES, UnavailableError, fused
 from flexpert.bench.peers import PEERS
+from flexpert.ops import packing
 from flexpert.testing import assert_close
 
 LAYERS = {item.name: item for item in (*OURS, *PLAIN, *PEERS)}
-INSTALLED = [name for name in LAYERS if name not in {"fairscale", "vllm"}]
+PACKED = ["flexpert prepacked", "flexpert prepacked layer"]
+INSTALLED = [name for name in LAYERS if name not in {"fairscale", "vllm", *PACKED}]
 
 
 def run(problem, item):
@@ -52,6 +54,19 @@ def test_layers_agree_with_the_naive_loops(make, name, gated, capacity_factor):
     if name != "flexpert layer":  # its router computes the weights, so x and router have more gradient
         assert_close(grads[0], want_grads[0], 1e-5)
         assert_close(grads[2], want_grads[2], 1e-5)
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 0.5])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_layers_agree_with_the_naive_loops(make, monkeypatch, name, capacity_factor):
+    with pytest.raises(UnavailableError, match="no packed form"):
+        LAYERS[name].build(make())
+    monkeypatch.setattr(packing, "why_not", lambda device, dtype: None)  # portable kernels take them anywhere
+    problem = make(gated=True, capacity_factor=capacity_factor, activation="silu", dtype=torch.bfloat16)
+    with torch.no_grad(), ops.use_backend("portable"):
+        out = LAYERS[name].build(problem)()
+    with torch.no_grad(), ops.use_backend("reference"):
+        assert_close(out, fused(problem)(), 3 * torch.finfo(torch.bfloat16).eps)
 
 
 def test_the_dense_products_have_the_work_of_the_layer(make):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexpert import ops
 from flexpert.core.errors import FlexpertError
@@ -153,3 +154,35 @@ def test_no_graph_keeps_nothing(make_case):
         assert not ops.grouped_mlp(*case.args).requires_grad
     with pytest.raises(FlexpertError, match="needs save=True"):
         torch.ops.flexpert.grouped_mlp(*case.args, False)
+
+
+class _Seen(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class _Wrapped(torch.Tensor):
+    """A tensor of another type."""
+
+
+def test_who_watches_sees_the_operators():
+    """Without gradients plain calls skip the dispatcher; a mode, a profiler and subclasses do not."""
+    logits, name = torch.randn(3, 4), "flexpert::router_logits"
+    weight = torch.randn(5, 4)
+    with torch.no_grad():
+        want = ops.router_logits(logits, weight)
+        with _Seen() as seen:
+            assert torch.equal(ops.router_logits(logits, weight), want)
+        assert seen.names.count(name) == 1
+        with torch.profiler.profile() as profile:
+            assert torch.equal(ops.router_logits(logits, weight), want)
+        assert name in {event.key for event in profile.key_averages()}
+        wrapped = ops.router_logits(logits, weight.as_subclass(_Wrapped))
+        assert torch.equal(wrapped.as_subclass(torch.Tensor), want)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexpert.core.errors import FlexpertError, InputError
+from flexpert.ops import packing
 from flexpert.ops.activations import get_activation
 from flexpert.ops.memory import empty
 from flexpert.ops.products import slack
@@ -27,7 +28,7 @@ NAMES = ("gelu", "gelu_tanh", "identity", "relu", "sigmoid", "silu", "squared_re
 _NUMBER = {name: number for number, name in enumerate(NAMES)}
 
 # The fields of ForwardCall and BackwardCall: 64-bit integers, tensors by their address, null for none.
-FORWARD = struct.Struct("=23q")
+FORWARD = struct.Struct("=24q")
 BACKWARD = struct.Struct("=28q")
 _FAILURES = {
     1: "counts_E adds up to more rows than unit_N has, or has a negative count",
@@ -95,16 +96,16 @@ def _check(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]], dtype: torc
 
 
 def _sizes(
-    x_TD: Tensor, unit_N: Tensor, counts_E: Tensor, w1: Tensor, w2: Tensor, activation: str
+    x_TD: Tensor, unit_N: Tensor, counts_E: Tensor, w2: tuple[int, ...], gated: bool, activation: str
 ) -> tuple[int, ...]:
-    """The fields both calls begin with."""
+    """The fields both calls begin with; `w2` is the shape of unpacked weights."""
     get_activation(activation)  # refuses unknown names
-    slots, output_dim, hidden_dim = w2.shape
-    rows, experts, gated = unit_N.shape[0], counts_E.shape[0], int(w1.dim() == 4)
+    slots, output_dim, hidden_dim = w2
+    rows, experts = unit_N.shape[0], counts_E.shape[0]
     units, model_dim = x_TD.shape
     return (
         units, rows, model_dim, hidden_dim, output_dim, experts, slots, gated, _NUMBER[activation],
-        num_threads(), int(native().instructions(x_TD.dtype) == "AMX"),
+        num_threads(), native().instructions(x_TD.dtype) == "AMX",
     )  # fmt: skip
 
 
@@ -171,11 +172,53 @@ def grouped_mlp(
     )  # fmt: skip
     y_rows = empty(x_TD, (rows, w2.shape[1]))
     outputs = pre if save else None, y_rows, y_TO
-    call = FORWARD.pack(
-        *_sizes(x_TD, unit_N, counts_E, w1, w2, activation), *map(_address, (*inputs, *outputs))
-    )
+    sizes = _sizes(x_TD, unit_N, counts_E, w2.shape, w1.dim() == 4, activation)
+    call = FORWARD.pack(*sizes, False, *map(_address, (*inputs, *outputs)))
     _run(_function("mlp", dtype), call)
     return y_TO, pre
+
+
+def grouped_mlp_packed(
+    x_TD: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    slot_E: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    hidden_dim: int,
+    output_dim: int,
+    activation: str,
+) -> Tensor:
+    """y_TO; unpacks the weights where AVX2 runs bf16, as on another machine than packed them."""
+    if x_TD.dtype != torch.bfloat16 or native().instructions(x_TD.dtype) == "AVX2":
+        w1, w2 = packing.unpack_mlp(w1, w2, x_TD.shape[1], hidden_dim, output_dim)
+        args = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation
+        return grouped_mlp(*args, save=False)[0]
+    slots, gated = w2.shape[0], w1.dim() == 5
+    halves, width = (2,) if gated else (), (hidden_dim, x_TD.shape[1], output_dim)
+    hidden, model, output = (-(-size // packing.BLOCK) for size in width)
+    experts = slots if slot_E is None else slot_E.shape[0]
+    _check(
+        {"w1": (w1, (slots, hidden, *halves, model, packing.TILE)), "b1": (b1, (slots, *halves, hidden_dim)),
+         "w2": (w2, (slots, output, hidden, packing.TILE)), "b2": (b2, (slots, output_dim))},
+        x_TD.dtype,
+    )  # fmt: skip
+    rows = unit_N.shape[0]
+    _check({"weight_N": (weight_N, (rows,))}, None)
+    _check({"unit_N": (unit_N, (rows,)), "counts_E": (counts_E, (experts,)), "slot_E": (slot_E, (experts,))},
+           torch.int64)  # fmt: skip
+    y_TO, y_rows = x_TD.new_empty(x_TD.shape[0], output_dim), empty(x_TD, (rows, output_dim))
+    tensors = (
+        x_TD.contiguous(), unit_N.contiguous(), _dense(weight_N, torch.float32), counts_E.contiguous(),
+        None if slot_E is None else slot_E.contiguous(), w1.contiguous(), _dense(b1, x_TD.dtype),
+        w2.contiguous(), _dense(b2, x_TD.dtype), None, y_rows, y_TO,
+    )  # fmt: skip
+    sizes = _sizes(x_TD, unit_N, counts_E, (slots, output_dim, hidden_dim), gated, activation)
+    _run(_function("mlp", x_TD.dtype), FORWARD.pack(*sizes, True, *map(_address, tensors)))
+    return y_TO
 
 
 def grouped_mlp_pre(
@@ -219,9 +262,8 @@ def grouped_mlp_backward(
     )  # fmt: skip
     d_rows = empty(x_TD, (len(unit_N) if needs[0] else 0, x_TD.shape[1]))
     outputs = [d_rows, *(grad if need else None for grad, need in zip(grads, needs, strict=True))]
-    call = BACKWARD.pack(
-        *_sizes(x_TD, unit_N, counts_E, w1, w2, activation), *map(_address, (*inputs, *outputs))
-    )
+    sizes = _sizes(x_TD, unit_N, counts_E, w2.shape, w1.dim() == 4, activation)
+    call = BACKWARD.pack(*sizes, *map(_address, (*inputs, *outputs)))
     _run(_function("mlp_backward", dtype), call)
     if weight_N is not None:
         grads[1] = grads[1].to(weight_N.dtype)
@@ -230,6 +272,7 @@ def grouped_mlp_backward(
 
 KERNELS = {
     "grouped_mlp": grouped_mlp,
+    "grouped_mlp_packed": grouped_mlp_packed,
     "grouped_mlp_backward": grouped_mlp_backward,
     "grouped_mlp_pre": grouped_mlp_pre,
     **route.KERNELS,

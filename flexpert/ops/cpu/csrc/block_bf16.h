@@ -97,6 +97,7 @@ constexpr bool TURNED = false, EVEN = false;
 // Lives in each thread as long as it multiplies: AMX needs its tiles configured.
 struct Multiplier {
   static constexpr bool HAS_TILES = true;
+  static constexpr index FEW = 4;  // rows of packed weights that vectors multiply as fast as memory gives them
   bool amx;
 
   explicit Multiplier(index use_amx) : amx(use_amx != 0) {
@@ -122,13 +123,37 @@ struct Multiplier {
     for (index part = 0; part < o.parts; ++part, right += o.apart) {
       if (!amx) {
         for (index k = 0; k < count; ++k) work();
-        for (index r = 0; r < rows; r += 8) dot_rows(left + r * BLOCK, right, count, sums[part] + r * BLOCK);
+        for (index r = 0; r < rows; r += 8) dot_rows<8>(left + r * BLOCK, right, count, sums[part] + r * BLOCK, [] {});
       } else if (rows > 16) {
         tiles_32(left, right, count, sums[part], work);
       } else {
         tiles_16(left, right, count, sums[part], work);
       }
     }
+  }
+
+  // At most 16 rows as the left operand of `stream_packed`: rows past `count` are zero, others are not touched.
+  static void pack_few(Element* tiles, const Element* const* rows, index count, index size) {
+    for (index k = 0; k < size; k += BLOCK, tiles += TILE)
+      for (index r = 0; r < (count > FEW ? 16 : count); ++r)
+        _mm512_storeu_si512(tiles + r * BLOCK, r < count ? load_32(rows[r] + k, size - k) : _mm512_setzero_si512());
+  }
+
+  // sums[row][column] of one packed right operand and `rows` rows from `pack_few`. What follows the right operand is
+  // asked for on the way.
+  void stream_packed(const Element* left, const Element* right, index count, index rows, float* sums) const {
+    constexpr index SOON = 4 * TILE;
+    const Element* next = right + SOON;
+    const auto ask = [&next] {
+      for (index i = 0; i < BLOCK; ++i) __builtin_prefetch(next + i * BLOCK, 0, 2);
+      next += TILE;
+    };
+    if (rows > FEW && amx) return tiles_16(left, right, count, sums, ask);
+    using Kernel = void (*)(const Element*, const Element*, index, float*, const decltype(ask)&);
+    constexpr Kernel KERNELS[] = {dot_rows<1, decltype(ask)>, dot_rows<2, decltype(ask)>, dot_rows<3, decltype(ask)>,
+                                  dot_rows<4, decltype(ask)>};
+    for (index r = 0; r < rows; r += 4)
+      KERNELS[least(4, rows - r) - 1](left + r * BLOCK, right, count, sums + r * BLOCK, ask);
   }
 
   // sums[row][column] of 32 columns, whose weights lie `stride` apart and are read there, and 16 rows, packed as a
@@ -199,15 +224,17 @@ struct Multiplier {
     _tile_stored(1, sums + 16, 128);
   }
 
-  static void dot_rows(const Element* left, const Element* right, index count, float* sums) {
-    Vector sum[8][2];
+  template <int ROWS, typename Work>
+  static void dot_rows(const Element* left, const Element* right, index count, float* sums, const Work& work) {
+    Vector sum[ROWS][2];
     for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
-    for (index tile = 0; tile < count; ++tile, left += TILE, right += TILE)
+    for (index tile = 0; tile < count; ++tile, left += TILE, right += TILE) {
+      work();
       for (int pair = 0; pair < 16; ++pair) {
         const auto b0 = (__m512bh)_mm512_loadu_si512(right + pair * BLOCK);
         const auto b1 = (__m512bh)_mm512_loadu_si512(right + TILE / 2 + pair * BLOCK);
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) {
+        for (int r = 0; r < ROWS; ++r) {
           int two;
           __builtin_memcpy(&two, left + r * BLOCK + 2 * pair, 4);
           const auto a = (__m512bh)_mm512_set1_epi32(two);
@@ -215,7 +242,8 @@ struct Multiplier {
           sum[r][1] = _mm512_dpbf16_ps(sum[r][1], a, b1);
         }
       }
-    for (int r = 0; r < 8; ++r)
+    }
+    for (int r = 0; r < ROWS; ++r)
       for (int c = 0; c < 2; ++c) _mm512_storeu_ps(sums + r * BLOCK + c * 16, sum[r][c]);
   }
 };

@@ -78,7 +78,7 @@ struct Ahead {
     const index first = part * share;
     left = least(share, per_row * area.rows - first);
     if (left <= 0 || steps <= 0) return;
-    lines = least(sizeof(Element) == 2 ? 4 : 32, (share + steps - 1) / steps);
+    lines = least(sizeof(Element) == 2 ? 8 : 32, (share + steps - 1) / steps);
     const char* row = static_cast<const char*>(area.base) + first / per_row * stride;
     next = row + first % per_row * 64;
     row_end = row + bytes;
@@ -100,6 +100,10 @@ struct Ahead {
 inline Area packed_rows(const Element* tiles, index b, index depth) {
   const index bytes = depth * TILE * sizeof(Element);
   return {tiles + b * depth * TILE, bytes, bytes, 1};
+}
+
+inline Area packed_panels(const Element* first, index tiles) {
+  return {first, tiles * TILE * (index)sizeof(Element), 0, tiles > 0 ? 1 : 0};
 }
 
 inline Area columns_of(const Element* weights, index parts, index columns, index size, index first, index number) {

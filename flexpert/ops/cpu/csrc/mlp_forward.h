@@ -6,7 +6,7 @@
 namespace {
 
 struct ForwardCall {  // in the order of `FORWARD` in backend.py
-  index units, rows, model, hidden, output, experts, slots, gated, activation, threads, amx;
+  index units, rows, model, hidden, output, experts, slots, gated, activation, threads, amx, packed;
   index x, unit, weight, counts, slot, w1, b1, w2, b2, pre, y_rows, y;
 };
 
@@ -93,6 +93,15 @@ class Forward {
 
   index panel_size() const { return WIDEST * std::max(model * halves, hidden) * TILE; }
 
+  // Column blocks of a task: of one thread's own experts so few that the next ones can be asked for meanwhile and
+  // find room beside them in the second-level cache, where products are that fast.
+  index width_of(index column_blocks, index depth, index parts, bool is_shared) const {
+    constexpr index NEAR_TILES = 64;
+    if (is_shared) return task_width(column_blocks, depth, c.threads);
+    const index widest = task_width(column_blocks, depth, 1);
+    return Multiplier::HAS_TILES ? least(std::max<index>(1, NEAR_TILES / (parts * depth)), widest) : widest;
+  }
+
   void clear_idle() const {
     const index size = halves * c.hidden * sizeof(Element);
     for (const RowBlock& rows : plan.idle) clear(pointer<char>(c.pre) + rows.start * size, rows.count * size);
@@ -109,8 +118,43 @@ class Forward {
     if (c.output) second_product(wave, desk, packed_hidden, multiply);
   }
 
-  const Element* second_weights(const Segment& segment) const {
-    return pointer<Element>(c.w2) + segment.slot * c.output * c.hidden;
+  // Weights as they are stored; or, where they are packed, the right operands of column blocks from `column` on.
+  const Element* first_weights(index slot) const {
+    return pointer<Element>(c.w1) + slot * halves * c.hidden * c.model;
+  }
+  const Element* second_weights(index slot) const { return pointer<Element>(c.w2) + slot * c.output * c.hidden; }
+  const Element* first_panels(index slot, index column) const {
+    return pointer<Element>(c.w1) + (slot * hidden + column) * halves * model * TILE;
+  }
+  const Element* second_panels(index slot, index column) const {
+    return pointer<Element>(c.w2) + (slot * output + column) * hidden * TILE;
+  }
+
+  // The right operands of column blocks first .. first + number, packed into `panel` unless the weights are.
+  const Element* pack_first(index slot, index first, index number, Element* panel) const {
+    if (c.packed) return first_panels(slot, first);
+    for (index i = 0; i < number * halves; ++i)
+      pack_columns(panel + i * model * TILE, first_weights(slot) + i % halves * c.hidden * c.model, c.hidden, c.model,
+                   (first + i / halves) * BLOCK);
+    return panel;
+  }
+  const Element* pack_second(index slot, index first, index number, Element* panel) const {
+    if (c.packed) return second_panels(slot, first);
+    for (index i = 0; i < number; ++i)
+      pack_columns(panel + i * hidden * TILE, second_weights(slot), c.output, c.hidden, (first + i) * BLOCK);
+    return panel;
+  }
+
+  // What these read.
+  Area first_area(index slot, index first, index number) const {
+    number = least(number, hidden - first);
+    if (c.packed) return packed_panels(first_panels(slot, first), number * halves * model);
+    return columns_of(first_weights(slot), halves, c.hidden, c.model, first, number);
+  }
+  Area second_area(index slot, index first, index number) const {
+    number = least(number, output - first);
+    if (c.packed) return packed_panels(second_panels(slot, first), number * hidden);
+    return columns_of(second_weights(slot), 1, c.output, c.hidden, first, number);
   }
 
   static bool is_streamed(const Segment& segment) { return segment.count <= STREAM_ROWS; }
@@ -120,12 +164,13 @@ class Forward {
                     Element* panel, const Multiplier& multiply) const {
     alignas(64) float sums[2][TILE];
     const Rows x(pointer<Element>(c.x), c.model, pointer<index>(c.unit) + rows.start, rows.count);
-    const Stream stream(multiply, x, rows.count, c.model, panel);
-    const Element* weights = pointer<Element>(c.w1) + segment.slot * halves * c.hidden * c.model;
+    const Stream stream(multiply, x, rows.count, c.model, panel, c.packed);
     for (index column = first; column < first + number; ++column) {
       const index at = column * BLOCK;
       for (index half = 0; half < halves; ++half)
-        stream.block(weights + (half * c.hidden + at) * c.model, c.hidden - at, sums[half]);
+        stream.block(c.packed ? first_panels(segment.slot, column) + half * model * TILE
+                              : first_weights(segment.slot) + (half * c.hidden + at) * c.model,
+                     c.hidden - at, sums[half]);
       HiddenRows block = hidden_rows(rows, segment.slot, column, target + at);
       block.tile_stride = hidden * BLOCK;
       for (index r = 0; r < rows.count; ++r) block.step(r, sums);
@@ -136,10 +181,11 @@ class Forward {
                      const Element* source, Element* panel, const Multiplier& multiply) const {
     alignas(64) float sums[1][TILE];
     const Rows h(source, hidden * BLOCK, rows.count);
-    const Stream stream(multiply, h, rows.count, c.hidden, panel);
+    const Stream stream(multiply, h, rows.count, c.hidden, panel, c.packed);
     for (index column = first; column < first + number; ++column) {
       const index at = column * BLOCK;
-      stream.block(second_weights(segment) + at * c.hidden, c.output - at, sums[0]);
+      stream.block(c.packed ? second_panels(segment.slot, column) : second_weights(segment.slot) + at * c.hidden,
+                   c.output - at, sums[0]);
       const StoreRows block = output_rows(rows, segment.slot, column);
       for (index r = 0; r < rows.count; ++r) block.step(r, sums);
     }
@@ -154,8 +200,7 @@ class Forward {
   // One task: some column blocks of the hidden layer for all rows of a segment.
   void first_product(const Wave& wave, const Desk& desk, const Element* packed_x, Element* packed_hidden,
                      const Multiplier& multiply) const {
-    const index width = task_width(hidden, model, desk.is_shared ? c.threads : 1);
-    const index groups = (hidden + width - 1) / width;
+    const index width = width_of(hidden, model, halves, desk.is_shared), groups = (hidden + width - 1) / width;
     Pipeline<HiddenRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
@@ -163,18 +208,16 @@ class Forward {
       if (is_streamed(segment))
         return stream_first(segment, wave.rows[segment.first_block], first, number,
                             packed_hidden + segment.first_block * hidden * TILE, desk.panel, multiply);
-      const Element* weights = pointer<Element>(c.w1) + segment.slot * halves * c.hidden * c.model;
-      for (index i = 0; i < number * halves; ++i)
-        pack_columns(desk.panel + i * model * TILE, weights + i % halves * c.hidden * c.model, c.hidden, c.model,
-                     (first + i / halves) * BLOCK);
-      const index next = first + number < hidden ? first + number : 0;  // at the end: the second weights
-      const Area soon = next ? columns_of(weights, halves, c.hidden, c.model, next, width)
-                             : columns_of(second_weights(segment), 1, c.output, c.hidden, 0, WIDEST);
+      const Element* panels = pack_first(segment.slot, first, number, desk.panel);
+      const index next = first + number;  // at the end: the second weights
+      const Area soon = next < hidden
+                            ? first_area(segment.slot, next, width)
+                            : second_area(segment.slot, 0, width_of(output, hidden, 1, desk.is_shared));
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j, rows = wave.rows[b].count;
-        Operands<Element> operands = {packed_x + b * model * TILE, desk.panel, model * TILE, halves, c.model};
+        Operands<Element> operands = {packed_x + b * model * TILE, panels, model * TILE, halves, c.model};
         operands.next_left = operands.left + model * TILE;
-        operands.next_right = desk.panel;
+        operands.next_right = panels;
         const Area area = desk.is_shared ? packed_rows(packed_x, b + 1, model) : soon;
         const index part = desk.is_shared ? 0 : j, parts = desk.is_shared ? 1 : segment.blocks;
         const auto epilogue = [&](index i) {
@@ -188,7 +231,7 @@ class Forward {
         for (index i = 0; i < number; ++i, operands.right += 2 * model * TILE) {
           const bool ends = i + 1 == number;
           operands.next_left = ends ? next.next_left : operands.left;
-          operands.next_right = ends ? desk.panel : operands.right + 2 * model * TILE;
+          operands.next_right = ends ? panels : operands.right + 2 * model * TILE;
           pipeline.product(operands, rows, Ahead(area, part * number + i, parts * number, 2 * model), epilogue(i));
         }
       }
@@ -214,8 +257,7 @@ class Forward {
   // One task: some column blocks of the output for all rows of a segment.
   void second_product(const Wave& wave, const Desk& desk, const Element* packed_hidden,
                       const Multiplier& multiply) const {
-    const index width = task_width(output, hidden, desk.is_shared ? c.threads : 1);
-    const index groups = (output + width - 1) / width;
+    const index width = width_of(output, hidden, 1, desk.is_shared), groups = (output + width - 1) / width;
     Pipeline<StoreRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
@@ -223,15 +265,14 @@ class Forward {
       if (is_streamed(segment))
         return stream_second(segment, wave.rows[segment.first_block], first, number,
                              packed_hidden + segment.first_block * hidden * TILE, desk.panel, multiply);
-      for (index i = 0; i < number; ++i)
-        pack_columns(desk.panel + i * hidden * TILE, second_weights(segment), c.output, c.hidden, (first + i) * BLOCK);
-      const Area soon = columns_of(second_weights(segment), 1, c.output, c.hidden, first + number, width);
+      const Element* panels = pack_second(segment.slot, first, number, desk.panel);
+      const Area soon = second_area(segment.slot, first + number, width);
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j;
         const RowBlock& rows = wave.rows[b];
-        Operands<Element> operands = {packed_hidden + b * hidden * TILE, desk.panel, hidden * TILE, 1, c.hidden};
+        Operands<Element> operands = {packed_hidden + b * hidden * TILE, panels, hidden * TILE, 1, c.hidden};
         operands.next_left = operands.left + hidden * TILE;
-        operands.next_right = desk.panel;
+        operands.next_right = panels;
         pipeline.products(operands, number, rows.count,
                           desk.is_shared ? packed_rows(packed_hidden, b + 1, hidden) : soon,
                           desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks,

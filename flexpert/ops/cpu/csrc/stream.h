@@ -1,5 +1,5 @@
 // Products of few rows with weights that are read where they lie, once and in order: for decoding, where a layer
-// is as fast as its weights arrive. Nothing is packed.
+// is as fast as its weights arrive. Nothing is packed but the rows.
 #pragma once
 #include "mlp_common.h"
 
@@ -51,25 +51,36 @@ inline void stream_block_of_vectors(const Element* weights, index stride, index 
 template <typename M>
 class Stream {
  public:
-  // `packed` is room for the rows as a right operand.
-  Stream(const M& multiply, const Rows& rows, index count, index size, Element* packed)
-      : rows(rows), count(count), size(size), packed(packed) {
-    if constexpr (M::HAS_TILES) has_tiles = multiply.amx && count > 2 && size % BLOCK == 0;
-    if (!has_tiles) return;
-    for (index k = 0; k < size; k += BLOCK) pack_right_transposed(packed + k * BLOCK, rows.at, k, size - k);
+  // `packed` is room for the rows as an operand: the right one, or of packed weights the left one.
+  Stream(const M& multiply, const Rows& rows, index count, index size, Element* packed, bool has_packed_weights)
+      : multiply(multiply), rows(rows), count(count), size(size), packed(packed),
+        has_packed_weights(has_packed_weights) {
+    if constexpr (M::HAS_TILES) {
+      if (has_packed_weights) {
+        M::pack_few(packed, rows.at, count, size);
+        return;
+      }
+      has_tiles = multiply.amx && count > 2 && size % BLOCK == 0;
+      if (!has_tiles) return;
+      for (index k = 0; k < size; k += BLOCK) pack_right_transposed(packed + k * BLOCK, rows.at, k, size - k);
+    }
   }
 
   // sums[row][column] of at most 32 columns.
   void block(const Element* weights, index columns, float* sums) const {
-    if constexpr (M::HAS_TILES)
+    if constexpr (M::HAS_TILES) {
+      if (has_packed_weights) return multiply.stream_packed(packed, weights, blocks(size), count, sums);
       if (has_tiles && columns >= BLOCK) return M::stream(weights, size, packed, size / BLOCK, sums);
+    }
     stream_block_of_vectors(weights, size, columns, rows.at, count, size, sums);
   }
 
  private:
+  const M& multiply;
   const Rows& rows;
   const index count, size;
   Element* packed;
+  const bool has_packed_weights;
   bool has_tiles = false;
 };
 
