@@ -1,9 +1,9 @@
 """One gradient contract: after backward a parameter's gradient is the mean over all ranks of d(local loss).
 
 Dense layers get that from DistributedDataParallel or FSDP. Expert parameters get their replica's sum,
-divided, in the collectives of their own backward; what is left is the mean over ranks with equal copies, taken
-here once per backward. A mean of what is already equal changes nothing, so gradients may be accumulated over
-several backward passes with or without it in between.
+divided, in the collectives of their own backward; what is left is the mean over ranks with equal copies,
+taken here once per backward. A mean of what is already equal changes nothing, so gradients may be accumulated
+over several backward passes with or without it in between.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -14,6 +13,8 @@ from torch import distributed as dist
 
 from flexpert.core.errors import DistributedError, InputError
 
+from .heartbeat import Heartbeat
+from .pending import Pending
 from .timeline import active_timeline
 from .traffic import Traffic
 
@@ -27,47 +28,6 @@ REDUCE = {
 # PyTorch renames these; the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class Pending:
-    """A collective under way. It keeps its buffers alive until it is waited for."""
-
-    def __init__(
-        self,
-        label: str,
-        work: dist.Work | None = None,
-        *,
-        keep: tuple[Tensor, ...] = (),
-        finish: Callable[[], object] | None = None,
-        end: Callable[[], None] | None = None,
-    ) -> None:
-        self._label = label
-        self._work = work
-        self._keep = keep
-        self._finish = finish
-        self._end = end
-        self._begin = time.monotonic()
-
-    def wait(self) -> None:
-        """Return when the result is there (on CUDA: for work queued on the current stream from now on).
-
-        Raises:
-            DistributedError: the collective failed: a rank is gone or too late, or called something else.
-        """
-        if self._work is not None:
-            try:
-                self._work.wait()
-            except RuntimeError as error:
-                raise self._error(error) from error
-        if self._finish is not None:
-            self._finish()
-        if self._end is not None:
-            self._end()
-        self._work, self._keep, self._finish, self._end = None, (), None, None
-
-    def _error(self, cause: Exception) -> DistributedError:
-        waited = time.monotonic() - self._begin
-        return DistributedError(f"{self._label} failed after {waited:.1f} s: {cause}")
 
 
 class Group:
@@ -85,6 +45,7 @@ class Group:
         node_of: the node of each position.
         process_group: of torch.distributed; None for a group of one, whose collectives are local copies.
         traffic: counters of what this rank has sent.
+        heartbeat: tells lost ranks when a collective fails; None: nobody does.
 
     Raises:
         DistributedError: the process group is of other ranks, or this process is none of them.
@@ -97,6 +58,7 @@ class Group:
         process_group: dist.ProcessGroup | None,
         node_of: Sequence[int],
         traffic: Traffic | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.name = name
         self.ranks = tuple(ranks)
@@ -104,6 +66,7 @@ class Group:
         self.node_of = tuple(node_of)
         self.process_group = process_group
         self.traffic = Traffic() if traffic is None else traffic
+        self.heartbeat = heartbeat
         if len(self.node_of) != self.size:
             raise DistributedError(f"group {name!r}: {len(self.node_of)} nodes given for {self.size} ranks")
         self.rank = 0
@@ -267,10 +230,18 @@ class Group:
             try:
                 work = launch(self.process_group)
             except RuntimeError as error:
-                raise Pending(label)._error(error) from error
+                raise Pending(label, heartbeat=self.heartbeat).error(error) from error
             if end is not None and work is not None and not output.is_cuda:
                 _call_when_done(work, end)
-        pending = Pending(label, work, keep=buffers, finish=finish, end=end)
+        pending = Pending(
+            label,
+            work,
+            keep=buffers,
+            finish=finish,
+            end=end,
+            heartbeat=self.heartbeat,
+            on_host=not output.is_cuda,
+        )
         if not async_op or work is None:
             pending.wait()
         return pending

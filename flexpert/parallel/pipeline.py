@@ -21,6 +21,7 @@ from flexpert import ops
 from .all_to_all import Splits
 from .codec import CODECS
 from .mesh import Algorithm
+from .pending import named
 from .timeline import active_timeline
 
 # (rows_RD, unit_R, counts_e, *weights) -> (R, O): the experts' results in the rows' places
@@ -32,6 +33,7 @@ class Exchange:
     """What one call does between the ranks.
 
     Attributes:
+        name: of the layer, for messages.
         algorithm: of the all-to-all.
         splits: rows from and to each rank.
         starts_PE: int64 (P, e), where the rows for each rank and expert begin among this rank's rows.
@@ -42,6 +44,7 @@ class Exchange:
         in_order: this rank's rows lie as they are sent, each going to one rank.
     """
 
+    name: str
     algorithm: Algorithm
     splits: Splits
     starts_PE: Tensor
@@ -113,24 +116,29 @@ class _Run(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        exchange: Exchange = ctx.exchange
-        chunks = range(exchange.degree)
-        sent = [exchange.start(_take(grad_NO, ctx.index[chunk]), chunk) for chunk in chunks]
-        gradients: list[Tensor | None] = [None] * len(ctx.leaves)
-        returning = []
-        for chunk in chunks:
-            arrived_RD, y_RO = ctx.chunks[chunk]
-            grad_RO = sent[chunk].wait()
-            with _span("experts backward", chunk):
-                grad_RD, *of_leaves = _differentiate(y_RO, grad_RO, arrived_RD, ctx.leaves)
-            ctx.chunks[chunk] = None  # its memory is free now
-            gradients = [_add(a, b) for a, b in zip(gradients, of_leaves, strict=True)]
-            if grad_RD is not None:
-                returning.append(exchange.start(grad_RD, chunk, reverse=True))
-        back = [(ctx.index[chunk], rows.wait()) for chunk, rows in enumerate(returning)]
-        grad_ND = _put(back, ctx.num_rows, exchange.in_order, ctx.dtype) if back else None
-        # Zeros in place of None: a rank without rows takes part in the reductions of the others.
-        return None, grad_ND, *map(_or_zeros, gradients, ctx.leaves)
+        with named(f"{ctx.exchange.name} (backward)"):
+            return _backward(ctx, grad_NO)
+
+
+def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+    exchange: Exchange = ctx.exchange
+    chunks = range(exchange.degree)
+    sent = [exchange.start(_take(grad_NO, ctx.index[chunk]), chunk) for chunk in chunks]
+    gradients: list[Tensor | None] = [None] * len(ctx.leaves)
+    returning = []
+    for chunk in chunks:
+        arrived_RD, y_RO = ctx.chunks[chunk]
+        grad_RO = sent[chunk].wait()
+        with _span("experts backward", chunk):
+            grad_RD, *of_leaves = _differentiate(y_RO, grad_RO, arrived_RD, ctx.leaves)
+        ctx.chunks[chunk] = None  # its memory is free now
+        gradients = [_add(a, b) for a, b in zip(gradients, of_leaves, strict=True)]
+        if grad_RD is not None:
+            returning.append(exchange.start(grad_RD, chunk, reverse=True))
+    back = [(ctx.index[chunk], rows.wait()) for chunk, rows in enumerate(returning)]
+    grad_ND = _put(back, ctx.num_rows, exchange.in_order, ctx.dtype) if back else None
+    # Zeros in place of None: a rank without rows takes part in the reductions of the others.
+    return None, grad_ND, *map(_or_zeros, gradients, ctx.leaves)
 
 
 def _experts(exchange: Exchange, rows_RD: Tensor, leaves: list[Tensor], chunk: int) -> Tensor:
