@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from flexpert.core.plan import ExecutionPlan
 
+from .faults import fault_guard
 from .gradients import clip_grad_norm_, groups_by_mesh, loss_weight, no_sync
+from .launch import init_process_group
 from .mesh import ExpertMesh, expert_mesh
 from .parallelize import parallelize
 from .transport import ExpertParallel
@@ -15,7 +17,9 @@ __all__ = [
     "ExpertParallel",
     "clip_grad_norm_",
     "expert_mesh",
+    "fault_guard",
     "groups_by_mesh",
+    "init_process_group",
     "loss_weight",
     "no_sync",
     "parallelize",

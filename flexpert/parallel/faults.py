@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -58,22 +56,3 @@ def is_of_collective(error: Exception) -> bool:
         return True
     plain = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
     return plain and _WORDS.search(str(error)) is not None
-
-
-def warn_of_shared_store() -> None:
-    """Warn where torchrun would restart this job and gloo would not come up again.
-
-    torchrun's agent shares its store with all incarnations of the workers; restarted gloo ranks find the
-    addresses of the killed ones there. The agent reads the remedy at its own start, so that a worker can only
-    tell it.
-    """
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") or 0)
-    if shared and restarts and dist.get_backend() == "gloo" and dist.get_rank() == 0:
-        warnings.warn(
-            f"torchrun --max-restarts {restarts} on gloo: restarted ranks would find stale addresses in the "
-            f"store that torchrun shares with them. Start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
-            f"and --standalone or --rdzv-backend c10d",
-            UserWarning,
-            stacklevel=3,
-        )

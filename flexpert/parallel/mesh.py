@@ -23,6 +23,7 @@ from .all_to_all import Linear
 from .group import Group
 from .heartbeat import Heartbeat, heartbeat_for
 from .hierarchical import Hierarchical
+from .launch import warn_of_stale_store
 from .pending import failure
 from .traffic import Traffic
 
@@ -173,7 +174,8 @@ def expert_mesh(
         num_experts: E, of the largest layer's bank of experts.
         replicas: copies of all experts; divides the ranks.
         slices: S in place of the default: cut experts into S slices although there are enough of them.
-        ranks: global ranks of the mesh, in order; None for all. Disjoint meshes may exist beside each other.
+        ranks: global ranks of the mesh, in order; None for all. Disjoint meshes may exist beside each other;
+            one over all ranks is made before meshes over unlike parts.
         ranks_per_node: neighbours that share a node; None reads LOCAL_WORLD_SIZE, else all are on one.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         timeout: seconds after which a collective gives up; None for that of the default process group.
@@ -207,8 +209,11 @@ def expert_mesh(
         "device": device,
         "timeout": limit.total_seconds(),
         "heartbeat": heartbeat,
+        # PyTorch names a group after the number of those before it: unlike numbers would never meet.
+        "process groups made before": len(dist.distributed_c10d._world.pg_names),
         **versions(),
     }
+    warn_of_stale_store()
     name = agree("expert_mesh", facts, members, limit)
     shape = _shape(num_experts, len(members), replicas, slices)
     beat = heartbeat_for(default_store(), members, heartbeat, name)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from flexpert import DistributedError
-from flexpert.parallel import expert_mesh
+from flexpert import DistributedError, InputError, MoE, MoEConfig
+from flexpert.parallel import ExecutionPlan, expert_mesh, fault_guard, parallelize
 from tests.parallel.worlds import run_world
 
 OPERATIONS = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
@@ -83,3 +84,75 @@ def test_without_a_heartbeat_nobody_is_blamed():
     told = run_world(lose, 2, signal.SIGKILL, 0, 1, lost=[1])
     for text in told[0]:
         assert "which rank is lost is not known (call expert_mesh with heartbeat=1.0 to be told)" in text
+
+
+def layer(mesh):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 6), MoE(MoEConfig(model_dim=6, hidden_dim=8, num_experts=6))
+    )
+    return parallelize(model, mesh)
+
+
+def fail_alone():
+    """Rank 1 has a bad input, says so and lives on; the others must not wait for it as long as they may."""
+    mesh = expert_mesh(num_experts=6, timeout=600.0, heartbeat=0.3)
+    model = layer(mesh)
+    x = torch.randn(4, 5 if dist.get_rank() == 1 else 6)
+    try:
+        with fault_guard(mesh):
+            model[1](x)
+    except (DistributedError, InputError) as error:
+        return type(error).__name__, str(error)
+
+
+def test_an_error_of_one_rank_ends_the_others_before_the_timeout():
+    results = run_world(fail_alone, 3)
+    assert results[1][0] == "InputError"
+    for rank in (0, 2):
+        name, text = results[rank]
+        assert name == "DistributedError"
+        assert text.startswith("1: all_to_all on group 'expert parallel' (ranks (0, 1, 2)")
+        assert "rank 1 gave up: InputError: x has shape (4, 5)" in text
+
+
+def lose_in_backward(plan):
+    mesh = expert_mesh(num_experts=6, timeout=30.0, heartbeat=0.3)
+    model = layer(mesh)
+    y = model[1](torch.randn(4, 6, requires_grad=True), plan=plan)
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        with fault_guard(mesh):
+            y.sum().backward()
+    except DistributedError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("plan", "what"),
+    [
+        (ExecutionPlan(), "1 (backward): all_to_all on group 'expert parallel'"),
+        (ExecutionPlan(r=0), "1.w[12] (backward): reduce_scatter on group 'expert parallel'"),
+    ],
+    ids=["r=1", "r=0"],
+)
+def test_a_loss_in_the_backward_pass_names_the_layer(plan, what):
+    text = run_world(lose_in_backward, 2, plan, lost=[1])[0]
+    assert re.match(re.escape(what).replace(r"\[12\]", "[12]"), text)
+    assert "rank 1 is lost" in text
+
+
+def leave():
+    """Rank 1 ends by itself while rank 0 waits."""
+    mesh = expert_mesh(num_experts=2, timeout=30.0, heartbeat=0.3)
+    if dist.get_rank() == 1:
+        mesh.heartbeat.stop()
+        return None
+    time.sleep(0.1)
+    assert mesh.heartbeat.lost() == []
+    return mesh.heartbeat.verdict()
+
+
+def test_a_rank_that_left_is_told_apart_from_a_lost_one():
+    assert run_world(leave, 2)[0] == "rank 1 ended or closed its mesh"

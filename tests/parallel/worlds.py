@@ -15,7 +15,7 @@ import torch.distributed as dist
 from flexpert.testing.rank_process import LOOPBACK, MODULES
 
 
-def run_world(function, size, *args, lost=(), timeout=90.0):
+def run_world(function, size, *args, lost=(), timeout=300.0):
     """From each rank but the lost ones to what `function(*args)` returned there.
 
     Raises:
