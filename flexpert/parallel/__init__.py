@@ -9,12 +9,14 @@ from .gradients import clip_grad_norm_, groups_by_mesh, loss_weight, no_sync
 from .launch import init_process_group
 from .mesh import ExpertMesh, expert_mesh
 from .parallelize import parallelize
+from .timers import StragglerReport, straggler_report, time_phases
 from .transport import ExpertParallel
 
 __all__ = [
     "ExecutionPlan",
     "ExpertMesh",
     "ExpertParallel",
+    "StragglerReport",
     "clip_grad_norm_",
     "expert_mesh",
     "fault_guard",
@@ -23,4 +25,6 @@ __all__ = [
     "loss_weight",
     "no_sync",
     "parallelize",
+    "straggler_report",
+    "time_phases",
 ]

@@ -22,6 +22,7 @@ from .mesh import ExpertMesh
 from .pending import named
 from .pipeline import Exchange, run
 from .switch import counts_by_rank, even_counts, starts_by_rank, weights_for
+from .timers import phase
 
 
 class ExpertParallel:
@@ -116,7 +117,8 @@ class _Call:
         agreed, splits = self._meet(rows_ND, counts_E, capacity)
         weights = weights_for(self.bank, mesh, plan.r, rows_ND.dtype, self.name)
         if plan.r == 0:
-            return _rows(_Bound(self.bank, None), rows_ND, counts_E, weights)
+            with phase("experts", len(rows_ND)):
+                return _rows(_Bound(self.bank, None), rows_ND, counts_E, weights)
         if not padded:
             return self._travel(rows_ND, counts_E, splits, weights)
         return self._travel_padded(rows_ND, counts_E, agreed, weights)
@@ -180,7 +182,8 @@ class _Call:
         header = torch.tensor([needed, *facts])
         counts_Pe = counts_by_rank(counts_E, mesh, plan.r or mesh.slices)
         message_Pc = _widened(counts_Pe, mesh) if self.transport.verify else counts_Pe
-        headers_PH, splits = algorithm.exchange_counts_with_header(header, message_Pc)
+        with phase("dispatch wait"):
+            headers_PH, splits = algorithm.exchange_counts_with_header(header, message_Pc)
         if self.transport.verify:
             self._compare(headers_PH[:, 1:].tolist())
             splits = splits.of_classes(counts_Pe.shape[1])
