@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from flexpert.core.errors import InputError
 
 from .group import Group
 from .mesh import ExpertMesh
+from .pending import failure
 
 
 class GradientSync:
@@ -120,7 +122,7 @@ def clip_grad_norm_(
     for mesh, share in shares.items():
         for dim in range(mesh.ndim):
             if mesh.size(dim) > 1:
-                torch.distributed.all_reduce(share, group=mesh.get_group(dim))
+                _sum_over(share, mesh, dim)
         total += share
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -166,6 +168,13 @@ def groups_by_mesh(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             parts.setdefault(mesh, []).append(parameter)
         result += [{**group, "params": params} for params in parts.values()]
     return result
+
+
+def _sum_over(share: Tensor, mesh: DeviceMesh, dim: int) -> None:
+    try:
+        torch.distributed.all_reduce(share, group=mesh.get_group(dim))
+    except RuntimeError as error:
+        raise failure(f"clip_grad_norm_: the sum over {mesh} failed", error, None) from error
 
 
 def _local(tensor: Any) -> Tensor:

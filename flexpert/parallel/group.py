@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from flexpert.core.errors import DistributedError, InputError
 
+from .heartbeat import Heartbeat
 from .pending import Pending
 from .timeline import active_timeline
 from .traffic import Traffic
@@ -46,6 +47,7 @@ class Group:
         node_of: the node of each position.
         process_group: of torch.distributed; None for a group of one, whose collectives are local copies.
         traffic: counters of what this rank has sent.
+        heartbeat: tells lost ranks when a collective fails; None: nobody does.
 
     Raises:
         DistributedError: the process group is of other ranks, or this process is none of them.
@@ -58,6 +60,7 @@ class Group:
         process_group: dist.ProcessGroup | None,
         node_of: Sequence[int],
         traffic: Traffic | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.name = name
         self.ranks = tuple(ranks)
@@ -65,6 +68,7 @@ class Group:
         self.node_of = tuple(node_of)
         self.process_group = process_group
         self.traffic = Traffic() if traffic is None else traffic
+        self.heartbeat = heartbeat
         if len(self.node_of) != self.size:
             raise DistributedError(f"group {name!r}: {len(self.node_of)} nodes given for {self.size} ranks")
         self.rank = 0
@@ -228,10 +232,18 @@ class Group:
             try:
                 work = launch(self.process_group)
             except RuntimeError as error:
-                raise Pending(label).error(error) from error
+                raise Pending(label, heartbeat=self.heartbeat).error(error) from error
             if end is not None and work is not None and not output.is_cuda:
                 _call_when_done(work, end)
-        pending = Pending(label, work, keep=buffers, finish=finish, end=end)
+        pending = Pending(
+            label,
+            work,
+            keep=buffers,
+            finish=finish,
+            end=end,
+            heartbeat=self.heartbeat,
+            on_host=not output.is_cuda,
+        )
         if not async_op or work is None:
             pending.wait()
         return pending

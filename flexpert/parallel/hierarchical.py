@@ -20,7 +20,8 @@ from torch import Tensor
 from flexpert.core.errors import DistributedError, InputError
 
 from .all_to_all import AllToAll
-from .group import Group, Pending
+from .group import Group
+from .pending import Pending
 from .splits import Counts, Splits, chunk_counts, row_totals
 
 Phases = Generator[Pending, None, Tensor]  # what to wait for before going on, and the rows in the end

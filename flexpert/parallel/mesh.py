@@ -7,6 +7,7 @@ S), B ranks of a block of slices.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -17,9 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from flexpert.core.errors import ConfigError, DistributedError
 from flexpert.core.plan import ExecutionPlan
 
+from .agree import agree, default_store, default_timeout, versions
 from .all_to_all import Linear
 from .group import Group
+from .heartbeat import Heartbeat, heartbeat_for
 from .hierarchical import Hierarchical
+from .launch import warn_of_stale_store
+from .pending import failure
 from .traffic import Traffic
 
 AXES = ("replica", "expert", "slice")
@@ -43,6 +48,8 @@ class ExpertMesh:
             one that is whole on each slice.
         everyone: all W ranks; the batch is spread over them.
         traffic: bytes that this rank sent.
+        timeout: of a collective.
+        heartbeat: knows which ranks are lost, or has given up; None where it is off.
         why_not_2dh: None, or why the hierarchical all-to-all cannot run here.
     """
 
@@ -53,12 +60,14 @@ class ExpertMesh:
         shape: tuple[int, int, int],
         ranks_per_node: int,
         device: str,
-        timeout: timedelta | None,
+        timeout: timedelta,
+        heartbeat: Heartbeat | None,
     ) -> None:
         self.num_experts = num_experts
         self.replicas, self.expert_ranks, self.slices = shape
         self.ranks, self.ranks_per_node, self.timeout = tuple(ranks), ranks_per_node, timeout
         self.traffic = Traffic()
+        self.heartbeat = heartbeat
         grid = torch.tensor(ranks).view(shape)
         self.replica, self.expert, self.slice = (grid == dist.get_rank()).nonzero()[0].tolist()
         i, x, s = self.replica, self.expert, self.slice
@@ -118,7 +127,7 @@ class ExpertMesh:
             alone = len(members) == 1
             self._made[members] = None if alone else _new_group(members, self.timeout)
         nodes = tuple(rank // self.ranks_per_node for rank in members)
-        return Group(name, members, self._made[members], nodes, self.traffic)
+        return Group(name, members, self._made[members], nodes, self.traffic, self.heartbeat)
 
     def _alone(self) -> dist.ProcessGroup:
         if not hasattr(self, "_self_group"):
@@ -152,6 +161,7 @@ def expert_mesh(
     ranks_per_node: int | None = None,
     device: str | None = None,
     timeout: float | None = None,
+    heartbeat: float | None = None,
 ) -> ExpertMesh:
     """Lay the experts out over ranks; every one of these ranks calls this with the same arguments.
 
@@ -164,13 +174,17 @@ def expert_mesh(
         num_experts: E, of the largest layer's bank of experts.
         replicas: copies of all experts; divides the ranks.
         slices: S in place of the default: cut experts into S slices although there are enough of them.
-        ranks: global ranks of the mesh, in order; None for all. Disjoint meshes may exist beside each other.
+        ranks: global ranks of the mesh, in order; None for all. Disjoint meshes may exist beside each other;
+            one over all ranks is made before meshes over unlike parts.
         ranks_per_node: neighbours that share a node; None reads LOCAL_WORLD_SIZE, else all are on one.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         timeout: seconds after which a collective gives up; None for that of the default process group.
+        heartbeat: seconds between signs of life, which tell the lost ranks when a collective fails; 0 for
+            none. None: 2 s where the process group was started over TCP, as by torchrun, else none.
 
     Raises:
-        DistributedError: no process group is initialised, or this rank is not one of `ranks`.
+        DistributedError: no process group is initialised, this rank is not one of `ranks`, a rank calls this
+            with other arguments or under other versions, or does not call it in time.
         ConfigError: numbers that do not divide each other; the message lists the legal ones.
     """
     if not dist.is_available() or not dist.is_initialized():
@@ -180,18 +194,41 @@ def expert_mesh(
         )
     members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
     _check_ranks(members)
-    shape = _shape(num_experts, len(members), replicas, slices)
     per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     if per_node < 1:
         raise ConfigError(f"ranks_per_node={ranks_per_node!r}: expected an integer >= 1")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    limit = None if timeout is None else timedelta(seconds=timeout)
-    return ExpertMesh(num_experts, members, shape, per_node, device, limit)
+    limit = default_timeout(device) if timeout is None else timedelta(seconds=timeout)
+    if limit <= timedelta(0):
+        raise ConfigError(f"timeout={timeout!r}: expected seconds > 0")
+    facts = {
+        "num_experts": num_experts,
+        "replicas": replicas,
+        "slices": slices,
+        "ranks_per_node": per_node,
+        "device": device,
+        "timeout": limit.total_seconds(),
+        "heartbeat": heartbeat,
+        # PyTorch names a group after the number of those before it: unlike numbers would never meet.
+        "process groups made before": len(dist.distributed_c10d._world.pg_names),
+        **versions(),
+    }
+    warn_of_stale_store()
+    name = agree("expert_mesh", facts, members, limit)
+    shape = _shape(num_experts, len(members), replicas, slices)
+    beat = heartbeat_for(default_store(), members, heartbeat, name)
+    mesh = ExpertMesh(num_experts, members, shape, per_node, device, limit, beat)
+    if beat is not None:
+        weakref.finalize(mesh, beat.stop).atexit = False
+    return mesh
 
 
-def _new_group(members: Sequence[int], timeout: timedelta | None) -> dist.ProcessGroup:
+def _new_group(members: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
     # Only the members take part: meshes over parts of the world need not know of each other.
-    group = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+    try:
+        group = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+    except RuntimeError as error:
+        raise failure(f"making a group of ranks {tuple(members)} failed", error, None) from error
     assert isinstance(group, dist.ProcessGroup), "this rank is a member"
     return group
 

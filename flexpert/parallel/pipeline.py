@@ -9,7 +9,7 @@ Letters: N rows of this rank, R rows that arrive on it, D and O widths, P ranks,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from flexpert import ops
 from .all_to_all import Splits
 from .codec import CODECS
 from .mesh import Algorithm
+from .pending import named
 from .timeline import active_timeline
+from .timers import phase
 
 # (rows_RD, unit_R, counts_e, *weights) -> (R, O): the experts' results in the rows' places
 Compute = Callable[..., Tensor]
@@ -32,6 +34,7 @@ class Exchange:
     """What one call does between the ranks.
 
     Attributes:
+        name: of the layer, for messages.
         algorithm: of the all-to-all.
         splits: rows from and to each rank.
         starts_PE: int64 (P, e), where the rows for each rank and expert begin among this rank's rows.
@@ -42,6 +45,7 @@ class Exchange:
         in_order: this rank's rows lie as they are sent, each going to one rank.
     """
 
+    name: str
     algorithm: Algorithm
     splits: Splits
     starts_PE: Tensor
@@ -102,36 +106,45 @@ class _Run(torch.autograd.Function):
         sent = [exchange.start(_take(rows_ND, index[chunk]), chunk) for chunk in chunks]
         returning = []
         for chunk in chunks:
-            arrived_RD = sent[chunk].wait().requires_grad_(ctx.needs_input_grad[1])
-            with torch.set_grad_enabled(differentiates), _span("experts", chunk):
+            with phase("dispatch wait"):
+                arrived_RD = sent[chunk].wait().requires_grad_(ctx.needs_input_grad[1])
+            with torch.set_grad_enabled(differentiates), _span("experts", chunk, len(arrived_RD)):
                 y_RO = _experts(exchange, arrived_RD, leaves, chunk)
             ctx.chunks.append((arrived_RD, y_RO) if differentiates else None)
             returning.append(exchange.start(y_RO.detach(), chunk, reverse=True))
-        back = [(index[chunk], returning[chunk].wait()) for chunk in chunks]
+        with phase("combine wait"):
+            back = [(index[chunk], returning[chunk].wait()) for chunk in chunks]
         ctx.index = index
         return _put(back, rows_ND.shape[0], exchange.in_order, rows_ND.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        exchange: Exchange = ctx.exchange
-        chunks = range(exchange.degree)
-        sent = [exchange.start(_take(grad_NO, ctx.index[chunk]), chunk) for chunk in chunks]
-        gradients: list[Tensor | None] = [None] * len(ctx.leaves)
-        returning = []
-        for chunk in chunks:
-            arrived_RD, y_RO = ctx.chunks[chunk]
+        with named(f"{ctx.exchange.name} (backward)"):
+            return _backward(ctx, grad_NO)
+
+
+def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+    exchange: Exchange = ctx.exchange
+    chunks = range(exchange.degree)
+    sent = [exchange.start(_take(grad_NO, ctx.index[chunk]), chunk) for chunk in chunks]
+    gradients: list[Tensor | None] = [None] * len(ctx.leaves)
+    returning = []
+    for chunk in chunks:
+        arrived_RD, y_RO = ctx.chunks[chunk]
+        with phase("dispatch wait"):
             grad_RO = sent[chunk].wait()
-            with _span("experts backward", chunk):
-                grad_RD, *of_leaves = _differentiate(y_RO, grad_RO, arrived_RD, ctx.leaves)
-            ctx.chunks[chunk] = None  # its memory is free now
-            gradients = [_add(a, b) for a, b in zip(gradients, of_leaves, strict=True)]
-            if grad_RD is not None:
-                returning.append(exchange.start(grad_RD, chunk, reverse=True))
+        with _span("experts backward", chunk):
+            grad_RD, *of_leaves = _differentiate(y_RO, grad_RO, arrived_RD, ctx.leaves)
+        ctx.chunks[chunk] = None  # its memory is free now
+        gradients = [_add(a, b) for a, b in zip(gradients, of_leaves, strict=True)]
+        if grad_RD is not None:
+            returning.append(exchange.start(grad_RD, chunk, reverse=True))
+    with phase("combine wait"):
         back = [(ctx.index[chunk], rows.wait()) for chunk, rows in enumerate(returning)]
-        grad_ND = _put(back, ctx.num_rows, exchange.in_order, ctx.dtype) if back else None
-        # Zeros in place of None: a rank without rows takes part in the reductions of the others.
-        return None, grad_ND, *map(_or_zeros, gradients, ctx.leaves)
+    grad_ND = _put(back, ctx.num_rows, exchange.in_order, ctx.dtype) if back else None
+    # Zeros in place of None: a rank without rows takes part in the reductions of the others.
+    return None, grad_ND, *map(_or_zeros, gradients, ctx.leaves)
 
 
 def _experts(exchange: Exchange, rows_RD: Tensor, leaves: list[Tensor], chunk: int) -> Tensor:
@@ -187,9 +200,11 @@ def _or_zeros(gradient: Tensor | None, leaf: Tensor) -> Tensor | None:
     return torch.zeros_like(leaf) if gradient is None and leaf.requires_grad else gradient
 
 
-def _span(name: str, chunk: int) -> AbstractContextManager[None]:
+@contextmanager
+def _span(name: str, chunk: int, rows: int = 0) -> Iterator[None]:
     timeline = active_timeline()
-    return nullcontext() if timeline is None else timeline.span(name, chunk)
+    with nullcontext() if timeline is None else timeline.span(name, chunk), phase("experts", rows):
+        yield
 
 
 def _to(tensor: Tensor | None, like: Tensor) -> Any:

@@ -33,6 +33,10 @@ class Splits:
         """The rows of one chunk, of `degree`."""
         return Splits(chunk_counts(self.sent, chunk, degree), chunk_counts(self.received, chunk, degree))
 
+    def of_classes(self, number: int) -> Splits:
+        """Those of the first classes alone; the others must be empty."""
+        return Splits([row[:number] for row in self.sent], [row[:number] for row in self.received])
+
     def sent_rows(self, chunk: int, degree: int) -> Tensor:
         """int64: which of the rows in order of (destination, class) are the chunk's, in its order."""
         return chunk_rows(self.sent, chunk, degree)

@@ -20,6 +20,7 @@ from flexpert.core.layout import ParamLayout
 from .group import Group
 from .layout import Bank
 from .mesh import ExpertMesh
+from .pending import named
 
 
 def block_size(mesh: ExpertMesh, r: int) -> int:
@@ -27,7 +28,9 @@ def block_size(mesh: ExpertMesh, r: int) -> int:
     return mesh.slices // max(r, 1)
 
 
-def weights_for(bank: Bank, mesh: ExpertMesh, r: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def weights_for(
+    bank: Bank, mesh: ExpertMesh, r: int, dtype: torch.dtype, layer: str = "experts"
+) -> dict[str, Tensor]:
     """The parameters that this rank computes with under r, in `dtype`, differentiable.
 
     Those of its e experts for r >= 1, of all E for r = 0. Their gradients arrive at the bank's own parameters
@@ -36,23 +39,25 @@ def weights_for(bank: Bank, mesh: ExpertMesh, r: int, dtype: torch.dtype) -> dic
     """
     layouts = bank.layout()
     return {
-        name: _gathered(p, layouts[name], mesh, r, dtype) if name in layouts else p
+        name: _gathered(p, layouts[name], mesh, r, dtype, f"{layer}.{name}") if name in layouts else p
         for name, p in bank.named_parameters()
     }
 
 
-def _gathered(parameter: Any, layout: ParamLayout, mesh: ExpertMesh, r: int, dtype: torch.dtype) -> Tensor:
+def _gathered(
+    parameter: Any, layout: ParamLayout, mesh: ExpertMesh, r: int, dtype: torch.dtype, name: str
+) -> Tensor:
     assert isinstance(parameter, DTensor)
     local = parameter.to_local()
     if layout.slice_dim is None:
         group = mesh.column if r == 0 else None
-        whole: Tensor = _Gather.apply(local, dtype, group, 1, 0, 1.0 / mesh.expert_ranks)
+        whole: Tensor = _Gather.apply(local, dtype, group, 1, 0, 1.0 / mesh.expert_ranks, name)
         if not layout.once or r <= 1 or mesh.slice < block_size(mesh, r):
             return whole
         return whole.masked_fill(whole.new_ones((), dtype=torch.bool), 0.0)  # added by another block
     size = block_size(mesh, r)
     group = mesh.whole if r == 0 else mesh.blocks[size]
-    joined: Tensor = _Gather.apply(local, dtype, group, size, layout.slice_dim, 1.0 / mesh.whole.size)
+    joined: Tensor = _Gather.apply(local, dtype, group, size, layout.slice_dim, 1.0 / mesh.whole.size, name)
     return joined
 
 
@@ -65,8 +70,16 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, local: Tensor, dtype: torch.dtype, group: Group | None, slices: int, dim: int, scale: float
+        ctx: Any,
+        local: Tensor,
+        dtype: torch.dtype,
+        group: Group | None,
+        slices: int,
+        dim: int,
+        scale: float,
+        name: str,
     ) -> Tensor:
+        ctx.name = name
         ctx.dtype, ctx.group, ctx.slices, ctx.dim, ctx.scale = local.dtype, group, slices, dim, scale
         part = local.detach().to(dtype).contiguous()
         if group is None or group.size == 1:
@@ -88,8 +101,9 @@ class _Gather(torch.autograd.Function):
             parts = grad.view(ranks, -1, *grad.shape[1:])
             pieces = torch.stack(parts.chunk(ctx.slices, dim=ctx.dim + 1), dim=1).flatten(0, 2)
             grad = pieces.new_empty(pieces.shape[0] // group.size, *pieces.shape[1:])
-            group.reduce_scatter(grad, pieces).wait()
-        return grad, None, None, None, None, None
+            with named(f"{ctx.name} (backward)"):
+                group.reduce_scatter(grad, pieces).wait()
+        return grad, None, None, None, None, None, None
 
 
 def destinations(mesh: ExpertMesh, r: int, source: int) -> list[bool]:

@@ -19,8 +19,10 @@ from flexpert.dispatch import gather
 from .all_to_all import Splits, all_reduce
 from .layout import check_bank
 from .mesh import ExpertMesh
+from .pending import named
 from .pipeline import Exchange, run
 from .switch import counts_by_rank, even_counts, starts_by_rank, weights_for
+from .timers import phase
 
 HEADER = 10  # numbers that a rank tells the others before rows travel: its capacity, facts and plan
 
@@ -108,13 +110,19 @@ class _Call:
         """Results (N, O) of rows grouped by expert; `counts_E` lies on the host."""
         if not self.bank.remote:
             return _rows(self.bank, rows_ND, counts_E, None)
+        with named(self.name):
+            return self._run(rows_ND, counts_E, capacity)
+
+    def _run(self, rows_ND: Tensor, counts_E: Tensor, capacity: int | None) -> Tensor:
         rows_ND = rows_ND.to(_compute_dtype(rows_ND))
         mesh, plan = self.transport.mesh, self.plan
-        weights = weights_for(self.bank, mesh, plan.r, rows_ND.dtype)
         padded = plan.capacity == "padded" and plan.r > 0
-        agreed, splits = self._meet(rows_ND, counts_E, capacity, weights)
+        # Before parameters are gathered: ranks with different plans would gather on different groups.
+        agreed, splits = self._meet(rows_ND, counts_E, capacity)
+        weights = weights_for(self.bank, mesh, plan.r, rows_ND.dtype, self.name)
         if plan.r == 0:
-            return _rows(_Bound(self.bank, None), rows_ND, counts_E, weights)
+            with phase("experts", len(rows_ND)):
+                return _rows(_Bound(self.bank, None), rows_ND, counts_E, weights)
         if not padded:
             return self._travel(rows_ND, counts_E, splits, weights)
         return self._travel_padded(rows_ND, counts_E, agreed, weights)
@@ -129,6 +137,7 @@ class _Call:
             return bound.rows(rows_RD, unit_R, counts_e, dict(zip(weights, values, strict=True)))
 
         exchange = Exchange(
+            name=self.name,
             algorithm=mesh.algorithms[plan.algorithm],
             splits=splits,
             starts_PE=starts_by_rank(counts_E, mesh),
@@ -158,9 +167,7 @@ class _Call:
         full_E = torch.full((num_experts,), capacity, dtype=torch.int64)
         return self._travel(buffer_ND, full_E, splits, weights).index_select(0, place_N)
 
-    def _meet(
-        self, rows_ND: Tensor, counts_E: Tensor, capacity: int | None, weights: dict[str, Tensor]
-    ) -> tuple[int, Any]:
+    def _meet(self, rows_ND: Tensor, counts_E: Tensor, capacity: int | None) -> tuple[int, Any]:
         """Exchange counts, capacity and what must be equal: (capacity of all ranks, splits)."""
         mesh, plan = self.transport.mesh, self.plan
         needed = int(counts_E.max()) if capacity is None else capacity
@@ -173,14 +180,17 @@ class _Call:
             zlib.crc32(f"{self.name} {self.bank.num_experts} {rows_ND.shape[1]} {rows_ND.dtype}".encode()),
             int(torch.is_grad_enabled()),
             int(rows_ND.requires_grad),
-            int(any(w.requires_grad for w in weights.values())),
+            int(any(p.requires_grad for p in self.bank.parameters())),
             *plan.encode(),
         ]
         header = torch.tensor([needed, *facts])
         counts_Pe = counts_by_rank(counts_E, mesh, plan.r or mesh.slices)
-        headers_PH, splits = algorithm.exchange_counts_with_header(header, counts_Pe)
+        message_Pc = _widened(counts_Pe, mesh) if self.transport.verify else counts_Pe
+        with phase("dispatch wait"):
+            headers_PH, splits = algorithm.exchange_counts_with_header(header, message_Pc)
         if self.transport.verify:
             self._compare(headers_PH[:, 1:].tolist())
+            splits = splits.of_classes(counts_Pe.shape[1])
             if plan.algorithm != "linear" and plan.capacity == "ragged" and plan.r:
                 splits = mesh.algorithms[plan.algorithm].exchange_counts(counts_Pe)
         return int(headers_PH[:, 0].max()), splits
@@ -261,6 +271,12 @@ def _check_bank_allows(plan: ExecutionPlan, bank: Any, name: str, mesh: ExpertMe
             f"{name}: the results of {type(bank).__name__} depend on which rows come together "
             f"(row_independent=False); such experts need r=1, degree=1, one slice and one replica"
         )
+
+
+def _widened(counts_Pe: Tensor, mesh: ExpertMesh) -> Tensor:
+    """With zeros for experts that this bank has not: ranks in unlike layers send messages of one size."""
+    most = max(mesh.num_experts // mesh.expert_ranks, counts_Pe.shape[1])
+    return torch.nn.functional.pad(counts_Pe, (0, most - counts_Pe.shape[1]))
 
 
 def prepare(name: str, experts: Any, mesh: ExpertMesh, plan: ExecutionPlan, verify: bool) -> ExpertParallel:
