@@ -112,7 +112,7 @@ def test_an_error_of_one_rank_ends_the_others_before_the_timeout():
     for rank in (0, 2):
         name, text = results[rank]
         assert name == "DistributedError"
-        assert text.startswith("1: all_to_all on group 'expert parallel' (ranks (0, 1, 2)")
+        assert text.startswith("1.experts: all_to_all on group 'expert parallel' (ranks (0, 1, 2)")
         assert "rank 1 gave up: InputError: x has shape (4, 5)" in text
 
 
@@ -132,8 +132,8 @@ def lose_in_backward(plan):
 @pytest.mark.parametrize(
     ("plan", "what"),
     [
-        (ExecutionPlan(), "1 (backward): all_to_all on group 'expert parallel'"),
-        (ExecutionPlan(r=0), "1.w[12] (backward): reduce_scatter on group 'expert parallel'"),
+        (ExecutionPlan(), "1.experts (backward): all_to_all on group 'expert parallel'"),
+        (ExecutionPlan(r=0), "1.experts.w[12] (backward): reduce_scatter on group 'expert parallel'"),
     ],
     ids=["r=1", "r=0"],
 )
