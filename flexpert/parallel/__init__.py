@@ -7,6 +7,7 @@ from flexpert.core.plan import ExecutionPlan
 from .gradients import clip_grad_norm_, groups_by_mesh, loss_weight, no_sync
 from .mesh import ExpertMesh, expert_mesh
 from .parallelize import parallelize
+from .state import full_state_dict, load_full_state_dict
 from .transport import ExpertParallel
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "ExpertParallel",
     "clip_grad_norm_",
     "expert_mesh",
+    "full_state_dict",
     "groups_by_mesh",
+    "load_full_state_dict",
     "loss_weight",
     "no_sync",
     "parallelize",

@@ -19,6 +19,7 @@ from .gradients import GradientSync
 from .group import Group
 from .layout import shard_bank
 from .mesh import ExpertMesh
+from .state import accept_full_tensors
 from .transport import ExpertParallel, prepare
 
 DENSE = ("ddp", "fsdp")
@@ -84,6 +85,7 @@ def parallelize(
     elif dense == "fsdp":
         policy = MixedPrecisionPolicy(param_dtype=mixed_precision)
         fully_shard(model, mesh=dense_mesh or _flat(mesh), mp_policy=policy, ignored_params=experts)
+    accept_full_tensors(model)
     return model
 
 

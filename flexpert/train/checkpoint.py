@@ -1,28 +1,36 @@
 """Checkpoints of a training run: written whole or not at all, verified before anything in them is opened.
 
 A checkpoint is a folder `step-<number>` with tensors in the format of torch.distributed.checkpoint, and a
-`manifest.json` with everything else and the SHA-256 of every file. One process writes to a run's folder.
+`manifest.json` with everything else and the SHA-256 of every file. One process writes to a run's folder, or
+the ranks of one process group together; the folder then lies on a disk that they share. A checkpoint may be
+read by any number of ranks, whatever number wrote it.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
-from flexpert.core.errors import CheckpointError, InputError
-from flexpert.train.dcp_storage import describe, read_tensors, write_tensors
-from flexpert.train.manifest import read_manifest, sync_folder, verify_files, write_manifest
-
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+from flexpert.core.errors import CheckpointError, DistributedError
+from flexpert.parallel.agreement import Ranks
+from flexpert.train.checks import JSON, check_arguments, merge_descriptions
+from flexpert.train.dcp_storage import Like, names_written, read_tensors, write_tensors
+from flexpert.train.manifest import (
+    hash_files,
+    hash_manifest,
+    read_manifest,
+    sync_folder,
+    verify_files,
+    write_manifest,
+)
 
 _TEMPORARY = ".tmp-"
 # `step-00000007.1` is step 7 saved once more: a save replaces nothing, so one rename publishes it.
@@ -31,7 +39,10 @@ _PUBLISHED = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save_checkpoint` was given: the step, tensors (on the CPU) and the JSON state."""
+    """What `save_checkpoint` was given: the step, tensors and the JSON state.
+
+    Tensors are on the CPU, but for those that `load_checkpoint` was asked to lay out.
+    """
 
     step: int
     tensors: dict[str, Tensor]
@@ -39,7 +50,13 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON], keep: int = 2
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, JSON],
+    keep: int = 2,
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write `folder/step-<step>` so that it appears complete or, at a crash or kill, not at all.
 
@@ -47,11 +64,116 @@ def save_checkpoint(
     Values, shapes and dtypes of tensors are kept bit for bit; strides, devices and sharing are not. `state`
     must survive JSON unchanged: string keys, lists in place of tuples, finite numbers.
 
-    Returns the new folder. Raises InputError for what cannot be stored, CheckpointError if the folder holds a
-    later step or cannot be written to; the checkpoints there are then as they were.
+    On several ranks all of them call it. Each writes its parts of DTensors; a plain tensor of a name that
+    several ranks have is the same on all of them and written once. `state` is that of the first rank. The
+    checkpoint is published when all ranks have written, and where one fails or dies, none is.
+
+    Args:
+        folder: of the run's checkpoints; on a disk that all ranks share.
+        step: number of the checkpoint.
+        tensors: by name; plain ones, or DTensors on meshes of these ranks.
+        state: what else is to be kept.
+        keep: number of checkpoints that stay.
+        group: the ranks that save together; None for all, or for this process where there is no process
+            group.
+
+    Returns the new folder. Raises InputError for what cannot be stored, DistributedError for a rank that is
+    gone, CheckpointError if the folder holds a later step or cannot be written to; the checkpoints there are
+    then as they were.
     """
-    folder = Path(folder)
-    _check_arguments(step, tensors, state, keep)
+    folder, ranks = Path(folder), Ranks(group)
+    described = merge_descriptions(ranks.together(lambda: check_arguments(step, tensors, state, keep)))
+    return write_checkpoint(folder, step, tensors, state, keep, described=described, ranks=ranks)
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, JSON],
+    keep: int,
+    *,
+    described: Mapping[str, str],
+    ranks: Ranks,
+) -> Path:
+    """`save_checkpoint` after its checks; `described` has the tensors of all ranks."""
+    name = ranks.first(lambda: _next_name(folder, step))
+    temporary = folder / f"{_TEMPORARY}{name}"
+
+    def publish(files: Iterable[Mapping[str, Any]]) -> None:
+        merged = {name: entry for part in files for name, entry in part.items()}
+        write_manifest(temporary, step, state, described, merged)
+        temporary.rename(folder / name)
+        sync_folder(folder)
+
+    try:
+        ranks.first(lambda: _make_room(folder, temporary))
+        ranks.together(lambda: _check_shared(temporary))
+        write_tensors(temporary, tensors, ranks)
+        files = ranks.together(lambda: hash_files(temporary, names_written(temporary, ranks.rank)))
+        ranks.first(lambda: publish(files))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, DistributedError):
+            raise DistributedError(
+                f"step {step} was not saved: {error}; resume from the last checkpoint in {folder}"
+            ) from error
+        raise CheckpointError(
+            f"step {step} could not be written into {folder}: {error}; "
+            "remedy: make room there or mend the permissions, then resume from the last checkpoint"
+        ) from error
+    if ranks.rank == 0:
+        for old in _published(folder)[:-keep]:
+            _remove(old)
+    return folder / name
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint published in `folder`, not yet verified; None if there is none."""
+    return next(reversed(_published(Path(folder))), None)
+
+
+def load_checkpoint(
+    path: Path, like: Like | None = None, *, group: dist.ProcessGroup | None = None
+) -> Checkpoint:
+    """Verify the manifest and the hash of every file, then read the checkpoint.
+
+    On several ranks all of them call it. The files are dealt out over the ranks to be verified, each once,
+    and no rank opens one before all of them have been found intact; where a rank fails, all raise.
+
+    Args:
+        path: of the checkpoint, `latest_checkpoint` for the newest.
+        like: from a tensor's name to one that it is for, or None. Where that is a DTensor of the same shape,
+            only this rank's part is read, and the result is a DTensor laid out in the same way (see
+            `state.layout_of`); all other tensors are read whole.
+        group: the ranks that load together; None for all, or for this process where there is no process
+            group. A rank that loads alone gives a group of its own.
+
+    Raises CheckpointError, which names the file, the fault and the remedy, for anything but what
+    `save_checkpoint` wrote; DistributedError for a rank that is gone. The metadata is unpickled by a list of
+    allowed types, nothing else is unpickled.
+    """
+    path, ranks = Path(path), Ranks(group)
+    remedy = _remedy(path)
+    manifests = ranks.together(lambda: read_manifest(path, remedy))
+    manifest = manifests[ranks.rank]
+    if any(hash_manifest(other) != hash_manifest(manifest) for other in manifests):
+        raise CheckpointError(
+            f"the ranks find different checkpoints under {path}; remedy: use a disk that all ranks share"
+        )
+    files = manifest["files"]
+    try:
+        dealt = sorted(files, key=lambda name: (-files[name]["size"], name))[ranks.rank :: ranks.size]
+        ranks.together(lambda: verify_files(path, {name: files[name] for name in dealt}))
+        tensors: dict[str, Tensor] = {}
+        ranks.together(lambda: tensors.update(read_tensors(path, manifest["tensors"], set(files), like)))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remedy: {remedy}") from error
+    return Checkpoint(step=manifest["step"], tensors=tensors, state=manifest["state"])
+
+
+def _next_name(folder: Path, step: int) -> str:
     name = f"step-{step:08d}"
     if newest := latest_checkpoint(folder):
         last_step, attempt = _order(newest)
@@ -62,93 +184,19 @@ def save_checkpoint(
             )
         if last_step == step:
             name += f".{attempt + 1}"
-    temporary = folder / f"{_TEMPORARY}{name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(left_over)
-        temporary.mkdir()
-        write_tensors(temporary, tensors)
-        write_manifest(temporary, step, state, {key: describe(tensor) for key, tensor in tensors.items()})
-        temporary.rename(folder / name)
-        sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"step {step} could not be written into {folder}: {error}; "
-            "remedy: make room there or mend the permissions, then resume from the last checkpoint"
-        ) from error
-    for old in _published(folder)[:-keep]:
-        _remove(old)
-    return folder / name
+    return name
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint published in `folder`, not yet verified; None if there is none."""
-    return next(reversed(_published(Path(folder))), None)
+def _make_room(folder: Path, temporary: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(left_over)
+    temporary.mkdir()
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Verify the manifest and the hash of every file, then read the checkpoint.
-
-    Raises CheckpointError, which names the file, the fault and the remedy, for anything but what
-    `save_checkpoint` wrote. The metadata is unpickled by a list of allowed types, nothing else is unpickled.
-    """
-    path = Path(path)
-    remedy = _remedy(path)
-    manifest = read_manifest(path, remedy)
-    try:
-        verify_files(path, manifest["files"])
-        tensors = read_tensors(path, manifest["tensors"], set(manifest["files"]))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; remedy: {remedy}") from error
-    return Checkpoint(step=manifest["step"], tensors=tensors, state=manifest["state"])
-
-
-def strict_load(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Copy the tensors whose names begin with `prefix` into `module`, all of them or none.
-
-    Raises CheckpointError, listing every name that is missing or unexpected and every tensor of another shape
-    or dtype, before anything is copied.
-    """
-    given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    own = module.state_dict()
-    faults = {
-        "missing": sorted(own.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - own.keys()),
-        "different": [
-            f"{name} ({describe(given[name])} in the checkpoint, {describe(tensor)} in the module)"
-            for name, tensor in own.items()
-            if name in given and describe(given[name]) != describe(tensor)
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names)
-        raise CheckpointError(
-            f"the tensors '{prefix}*' do not fit {type(module).__name__}: {listed}; "
-            "remedy: build the model with the configuration the checkpoint was written with"
-        )
-    module.load_state_dict(given)
-
-
-def _check_arguments(step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON], keep: int) -> None:
-    if step < 0 or keep < 1:
-        raise InputError(f"step={step}, keep={keep}: step must be at least 0, keep at least 1")
-    for name, tensor in tensors.items():
-        plain = type(tensor) in {Tensor, nn.Parameter} and tensor.layout is torch.strided
-        if not plain or tensor.is_meta or tensor.is_quantized:
-            raise InputError(
-                f"tensors[{name!r}] is a {type(tensor).__name__} ({getattr(tensor, 'layout', 'no tensor')}, "
-                f"{getattr(tensor, 'device', 'no device')}); give a dense torch.Tensor with values"
-            )
-    try:
-        survived = json.loads(json.dumps(state, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"state cannot be written as JSON: {error}") from error
-    if survived != state:
-        raise InputError(
-            "state does not survive JSON unchanged; use string keys, and lists in place of tuples"
-        )
+def _check_shared(temporary: Path) -> None:
+    if not temporary.is_dir():
+        raise OSError(f"{temporary}, which the first rank has made, is not here: the disk is not shared")
 
 
 def _published(folder: Path) -> list[Path]:
@@ -177,9 +225,3 @@ def _remove(path: Path) -> None:
     with suppress(OSError):  # the next save tries again
         path.rename(hidden)
         shutil.rmtree(hidden)
-
-
-def _shorten(names: Iterable[str], limit: int = 10) -> str:
-    listed = list(names)
-    rest = len(listed) - limit
-    return ", ".join(listed[:limit]) + (f" and {rest} more" if rest > 0 else "")

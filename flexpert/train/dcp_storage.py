@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import pickle
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from flexpert.core.errors import CheckpointError
+# The public functions warn of a single process, and warnings cannot be kept quiet in a thread.
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
+from torch.distributed.tensor import DTensor
 
-_METADATA_FILE = ".metadata"
+from flexpert.core.errors import CheckpointError, DistributedError
+from flexpert.parallel.agreement import Ranks
+
+Like = Callable[[str], "Tensor | None"]
+
+METADATA_FILE = ".metadata"
 _ALLOWED = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),  # looks a name up in a table of layouts
@@ -38,24 +45,41 @@ _ALLOWED = {
 }
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write plain tensors into `folder` from this process alone; the files are on the disk at return."""
-    with _plain_errors():
-        dcp.save(
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Write tensors into `folder`; this rank's files are on the disk at return.
+
+    Each rank writes its parts of DTensors; what several ranks have, one of them writes, so that the bytes are
+    dealt out evenly.
+
+    Raises DistributedError if a rank is gone, else what failed on one of the ranks.
+    """
+    with _plain_errors(distributed=ranks.size > 1):
+        _save_state_dict(
             {name: tensor.detach() for name, tensor in tensors.items()},
             storage_writer=_AnonymousWriter(folder),
             planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=True,
+            process_group=ranks.group if ranks.size > 1 else None,
+            no_dist=ranks.size == 1,
         )
 
 
-def read_tensors(path: Path, described: Mapping[str, str], files: set[str]) -> dict[str, Tensor]:
-    """Read the tensors of a folder onto the CPU.
+def names_written(folder: Path, rank: int) -> list[str]:
+    """The files that a rank has written; the first one's include the metadata of all."""
+    own = [file.name for file in folder.glob(f"__{rank}_*")]
+    return sorted([*own, METADATA_FILE] if rank == 0 else own)
+
+
+def read_tensors(
+    path: Path, described: Mapping[str, str], files: set[str], like: Like | None = None
+) -> dict[str, Tensor]:
+    """Read the tensors of a folder onto the CPU, on this rank by itself.
 
     Args:
         path: the folder, its files already verified.
         described: `describe(tensor)` of each tensor that must be there, in the order of the result.
         files: names of the verified files; no other is opened.
+        like: from a name to a tensor; where that is a DTensor of the same shape, only its parts are read and
+            the result is laid out as it is.
 
     Raises CheckpointError for metadata that holds anything but tensors so described, in these files.
     """
@@ -66,22 +90,29 @@ def read_tensors(path: Path, described: Mapping[str, str], files: set[str]) -> d
         if found != described:
             raise pickle.UnpicklingError("its tensors are not those of the manifest")
         tensors = {
-            name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in described
+            name: _empty(entries[name].size, entries[name].properties.dtype, like and like(name))
+            for name in described
         }
-        with _plain_errors():
-            dcp.load(
+        with _plain_errors(distributed=False):
+            _load_state_dict(
                 tensors,
                 storage_reader=reader,
                 planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 no_dist=True,
             )
     except Exception as error:  # a made-up file may raise anything
-        raise CheckpointError(f"{path / _METADATA_FILE} is refused: {error}") from error
+        raise CheckpointError(f"{path / METADATA_FILE} is refused: {error}") from error
     return tensors
 
 
+def _empty(shape: torch.Size, dtype: torch.dtype, like: Tensor | None) -> Tensor:
+    if isinstance(like, DTensor) and like.shape == shape:
+        return torch.empty_like(like, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype)
+
+
 def describe(tensor: Tensor) -> str:
-    """Dtype and shape, such as "float32[2, 3]"."""
+    """Dtype and shape of the whole, such as "float32[2, 3]"."""
     return _text(tensor.dtype, tensor.shape)
 
 
@@ -100,16 +131,16 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no type of checkpoint metadata")
 
 
-class _RestrictedReader(dcp.FileSystemReader):
+class _RestrictedReader(FileSystemReader):
     def __init__(self, path: Path, files: set[str]) -> None:
         super().__init__(path)
         self._folder = path
         self._files = files
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if _METADATA_FILE not in self._files:
+        if METADATA_FILE not in self._files:
             raise pickle.UnpicklingError("the manifest does not name it")
-        with (self._folder / _METADATA_FILE).open("rb") as file:
+        with (self._folder / METADATA_FILE).open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         self._check(metadata)
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
@@ -128,7 +159,7 @@ class _RestrictedReader(dcp.FileSystemReader):
                 raise pickle.UnpicklingError(f"it asks for the transforms {info.transform_descriptors}")
 
 
-class _AnonymousWriter(dcp.FileSystemWriter):
+class _AnonymousWriter(FileSystemWriter):
     """Keeps the folder's path on this machine out of the metadata."""
 
     def storage_meta(self) -> StorageMeta:
@@ -136,18 +167,18 @@ class _AnonymousWriter(dcp.FileSystemWriter):
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def _plain_errors(distributed: bool) -> Iterator[None]:
     """Turn DCP's wrapper, which is no Exception and hides even a KeyboardInterrupt, into what it wraps."""
-    with warnings.catch_warnings():
-        # That there is no process group is what `no_dist=True` asks for.
-        warnings.filterwarnings(
-            "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
-        )
-        try:
-            yield
-        except CheckpointException as wrapper:
-            cause, _ = next(iter(wrapper.failures.values()))
-            raise _origin(cause) from None
+    try:
+        yield
+    except CheckpointException as wrapper:
+        cause, _ = next(iter(wrapper.failures.values()))
+        raise _origin(cause) from None
+    except RuntimeError as error:
+        if not distributed:
+            raise
+        # What fails on a rank is told by the wrapper; here a collective did.
+        raise DistributedError(f"a rank is gone or too late: {error}") from error
 
 
 def _origin(error: BaseException) -> BaseException:

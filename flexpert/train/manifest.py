@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,28 @@ MANIFEST_FILE = "manifest.json"
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
-def write_manifest(folder: Path, step: int, state: Mapping[str, Any], tensors: Mapping[str, str]) -> None:
-    """Describe `folder` as it is now; the manifest and the folder's entries are on the disk at return.
+def write_manifest(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, str],
+    files: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Describe `folder`; the manifest and the folder's entries are on the disk at return.
 
     Args:
         folder: holds the other files, already synchronised.
         step: the training step.
         state: what JSON can hold.
         tensors: dtype and shape of each, as text.
+        files: `hash_files` of all files there.
+
+    Raises CheckpointError if the folder holds other files than these.
     """
-    files = {
-        file.name: {"size": file.stat().st_size, "sha256": _hash_file(file)}
-        for file in sorted(folder.iterdir())
-    }
+    if found := {file.name for file in folder.iterdir()} ^ files.keys():
+        raise CheckpointError(f"{folder} does not hold what was written: {', '.join(sorted(found))}")
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "state": state}
-    manifest |= {"tensors": tensors, "files": files}
+    manifest |= {"tensors": tensors, "files": dict(sorted(files.items()))}
     with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
         json.dump({**manifest, "sha256": hash_manifest(manifest)}, file, indent=1, allow_nan=False)
         file.flush()
@@ -69,6 +76,13 @@ def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
     if not _has_fields(manifest):
         raise CheckpointError(f"{file} is foreign: a field is missing or of another type; remedy: {remedy}")
     return manifest
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files of a folder, as `write_manifest` wants them."""
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": _hash_file(folder / name)} for name in names
+    }
 
 
 def verify_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

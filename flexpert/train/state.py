@@ -1,46 +1,126 @@
-"""The state of a run as named tensors: weights, optimiser moments, random state."""
+"""The state of a run as named tensors: weights, optimiser moments, random state.
+
+On several ranks each has its own random state, `random.torch.<rank>`. Read by the same number of ranks, each
+gets its own back; by another number, each gets one that follows from the first one's and the place of the
+rank, so that every resume of one checkpoint on that many ranks goes the same way.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flexpert.core.errors import CheckpointError
+from flexpert.core.seeding import derive_seed
+from flexpert.parallel.agreement import Ranks
+from flexpert.parallel.state import distribute
 
-from .checkpoint import strict_load
+from .checkpoint import Checkpoint, load_checkpoint
+from .checks import strict_load
+from .dcp_storage import Like
 
 _MODEL, _OPTIMIZER, _RANDOM = "model.", "optimizer.", "random.torch"
 
 
-def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything a step reads that an earlier one wrote; learning rate and batch follow from its number."""
+def collect_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, group: dist.ProcessGroup | None = None
+) -> dict[str, Tensor]:
+    """Everything a step reads that an earlier one wrote; learning rate and batch follow from its number.
+
+    Args:
+        model: plain, or after `flexpert.parallel.parallelize`.
+        optimizer: of its parameters.
+        group: the ranks that save together; see `save_checkpoint`.
+    """
+    ranks = Ranks(group)
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"{_OPTIMIZER}{names[parameter]}.{key}"] = value
-    tensors[_RANDOM] = torch.get_rng_state()
+    tensors[_random_name(ranks)] = torch.get_rng_state()
     return tensors
 
 
-def restore_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `collect_state` took.
+def restore_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Put back what `collect_state` took, on this or any other number of ranks.
+
+    Args:
+        model: as `collect_state` had it, laid out over ranks or not.
+        optimizer: of its parameters.
+        tensors: whole ones, or DTensors laid out as the model's.
+        group: as in `collect_state`.
 
     Raises:
-        CheckpointError: names or shapes that differ from this model's; nothing has been changed then.
+        CheckpointError: names or shapes that differ from this model's; nothing has been changed then, on any
+            rank.
     """
-    moments = _moments(model, tensors)
-    if _RANDOM not in tensors:
-        raise CheckpointError("the checkpoint has no random state; it was not written by a training run")
+    ranks = Ranks(group)
+    moments: dict[nn.Parameter, dict[str, Tensor]] = {}
+    random: list[Tensor] = []
+
+    def check() -> None:
+        moments.update(_moments(model, tensors))
+        random.append(_random_state(tensors, ranks))
+        strict_load(model, tensors, _MODEL, copy=False)
+
+    ranks.together(check)
     strict_load(model, tensors, _MODEL)
     for parameter, state in moments.items():
         optimizer.state[parameter] = state
-    torch.set_rng_state(tensors[_RANDOM])
+    torch.set_rng_state(random[0])
+
+
+def restore_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Checkpoint:
+    """Load a checkpoint into a model and its optimiser; each rank reads its parts alone.
+
+    Args:
+        path: of the checkpoint, written by any number of ranks.
+        model: plain, or after `flexpert.parallel.parallelize`.
+        optimizer: of its parameters.
+        group: the ranks that load together; see `load_checkpoint`.
+
+    Raises:
+        CheckpointError: it is damaged, foreign or of another model; nothing has been changed then.
+        DistributedError: a rank is gone.
+    """
+    checkpoint = load_checkpoint(path, layout_of(model), group=group)
+    restore_state(model, optimizer, checkpoint.tensors, group=group)
+    return checkpoint
+
+
+def layout_of(model: nn.Module) -> Like:
+    """From the names of `collect_state` to the model's tensors, for `load_checkpoint`."""
+    own = model.state_dict()
+
+    def like(name: str) -> Tensor | None:
+        if name.startswith(_OPTIMIZER):
+            name = _MODEL + name.removeprefix(_OPTIMIZER).rpartition(".")[0]
+        return own.get(name.removeprefix(_MODEL)) if name.startswith(_MODEL) else None
+
+    return like
 
 
 def _moments(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[nn.Parameter, dict[str, Tensor]]:
+    model.state_dict()  # FSDP puts its sharded parameters back
     parameters = dict(model.named_parameters())
     result: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -52,5 +132,29 @@ def _moments(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[nn.Paramet
             raise CheckpointError(
                 f"optimiser state {name!r} of shape {tuple(tensor.shape)} fits no parameter"
             )
-        result.setdefault(parameter, {})[key] = tensor if not tensor.dim() else tensor.to(parameter.device)
+        result.setdefault(parameter, {})[key] = tensor if not tensor.dim() else _as(tensor, parameter)
     return result
+
+
+def _as(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """On the parameter's device and laid out as it is."""
+    if isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
+        return distribute(tensor, parameter.device_mesh, parameter.placements)
+    return tensor.to(parameter.device)
+
+
+def _random_name(ranks: Ranks) -> str:
+    return _RANDOM if ranks.size == 1 else f"{_RANDOM}.{ranks.rank}"
+
+
+def _random_state(tensors: Mapping[str, Tensor], ranks: Ranks) -> Tensor:
+    """The state that this rank goes on with."""
+    first = tensors.get(_RANDOM, tensors.get(f"{_RANDOM}.0"))
+    if first is None:
+        raise CheckpointError("the checkpoint has no random state; it was not written by a training run")
+    writers = sum(name == _RANDOM or name.startswith(f"{_RANDOM}.") for name in tensors)
+    if writers == ranks.size:
+        return tensors[_random_name(ranks)]
+    digest = hashlib.sha256(first.numpy().tobytes()).digest()
+    seed = derive_seed(int.from_bytes(digest[:8], "little"), "rank", ranks.rank, "of", ranks.size)
+    return torch.Generator().manual_seed(seed).get_state()

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from flexpert.core.errors import CheckpointError, InputError
 from flexpert.train import manifest
-from flexpert.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, strict_load
+from flexpert.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flexpert.train.checks import strict_load
 
 FILES = ["__0_0.distcp", ".metadata", "manifest.json"]
 
