@@ -74,21 +74,24 @@ def test_ranks_train_as_one_process_does(tiny_fashion_mnist: Path, settings: lis
 
 def test_a_run_goes_on_on_any_number_of_ranks(tiny_fashion_mnist: Path, settings: list[str]) -> None:
     settings = [*settings, "name=two"]
-    run = Path(together(2, tiny_fashion_mnist, [*settings, "parallel.plan.degree=2"])["run"])
+    same = "parallel.plan.degree=2"
+    run = Path(together(2, tiny_fashion_mnist, [*settings, same])["run"])
+    weights = load_file(run / "model" / "model.safetensors")
     shutil.rmtree(max((run / "checkpoints").glob("step-*")))
-    expected = losses(run)
-    for size, more in {1: [], 2: ["parallel.dense=fsdp"], 3: ["parallel.replicas=3"]}.items():
-        output = run.parent.with_name(f"on-{size}")
+    for size, more in ((1, []), (2, [same]), (2, ["parallel.dense=fsdp"]), (3, ["parallel.replicas=3"])):
+        output = run.parent.with_name(f"on-{size}-{len(more and more[0])}")
         shutil.copytree(run.parent, output)
+        text = (run / "config.yaml").read_text().replace(str(run.parent), str(output))
+        (output / "two" / "config.yaml").write_text(text)
         again = [*settings, *more, f"output={output}"]
-        (output / "two" / "config.yaml").write_text(
-            (run / "config.yaml").read_text().replace(str(run.parent), str(output))
-        )
         if size == 1:
             on_ranks.run(tiny_fashion_mnist, again, resume=True)
         else:
             together(size, tiny_fashion_mnist, again, resume=True)
-        assert losses(output / "two") == pytest.approx(expected, rel=TOLERANCE)
+        assert losses(output / "two") == pytest.approx(losses(run), rel=TOLERANCE)
+        if more == [same]:  # bit for bit
+            resumed = load_file(output / "two" / "model" / "model.safetensors")
+            assert all(resumed[name].equal(value) for name, value in weights.items())
 
 
 def test_dropout_in_experts_and_drops_run_on_ranks(tiny_fashion_mnist: Path, settings: list[str]) -> None:

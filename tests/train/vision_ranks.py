@@ -22,24 +22,29 @@ from flexpert.train.vision import VisionTask
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
 
 
-@contextmanager
-def place(folder):
-    """The environment that torchrun sets, and a folder's images as if they were the published ones."""
-    files = {}
+def publish(folder):
+    """Let a folder's images pass for the published ones."""
     for file in Path(folder).glob("*.gz"):
         content = gzip.decompress(file.read_bytes())
         shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(content[3]))
-        files[file.stem] = data.IdxFile(shape, hashlib.sha256(content).hexdigest())
+        data.FILES[file.stem] = data.IdxFile(shape, hashlib.sha256(content).hexdigest())
+
+
+@contextmanager
+def place(folder):
+    """The environment that torchrun sets, and a folder's images as if they were the published ones."""
     names = {}
     if dist.is_initialized():
         rank, size = str(dist.get_rank()), str(dist.get_world_size())
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    published, data.FILES = data.FILES, files
+    published = dict(data.FILES)
+    publish(folder)
     os.environ.update(names)
     try:
         yield
     finally:
-        data.FILES = published
+        data.FILES.clear()
+        data.FILES.update(published)
         for name in names:
             del os.environ[name]
 
