@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ EXAMPLES = (
     "flexpert train configs/fashion_mnist.yaml optimizer.epochs=2 seed=1 name=short",
     "flexpert train configs/fashion_mnist.yaml model.num_experts=0 name=dense-twin",
     "flexpert train configs/fashion_mnist.yaml --resume",
+    "flexpert train configs/fashion_mnist.yaml ranks=2 parallel.plan.degree=2",
+    "torchrun --nproc-per-node 2 -m flexpert.train configs/fashion_mnist.yaml",
 )
 
 
@@ -28,10 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Train; the summary of the run."""
+    """Train; the summary of the run, None where the processes that were started have told it."""
     from flexpert.train.job import train
+    from flexpert.train.launch import launch
+    from flexpert.train.world import read_world
 
-    return train(load_config(options.config, options.overrides), resume=options.resume)
+    config = load_config(options.config, options.overrides)
+    if config.ranks in (None, 1) or read_world().size > 1:
+        return train(config, resume=options.resume)
+    flags = [flag for flag in ("resume", "json") if getattr(options, flag)]
+    arguments = [str(options.config), *options.overrides, *(f"--{flag}" for flag in flags)]
+    launch([sys.executable, "-m", "flexpert", NAME, *arguments], config.ranks)
+    return None
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -248,7 +248,7 @@ def _none_of(output: Any) -> Any:
     """An output without its samples."""
     if isinstance(output, dict):
         return {name: _none_of(value) for name, value in output.items()}
-    return tuple(map(_none_of, output)) if isinstance(output, tuple) else output[:0]
+    return tuple(map(_none_of, output)) if isinstance(output, tuple) else output[:0].clone()  # FSDP: no views
 
 
 AutoConfig.register(SwinV2MoEConfig.model_type, SwinV2MoEConfig)

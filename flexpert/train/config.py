@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from flexpert.core.errors import ConfigError
+from flexpert.core.plan import ExecutionPlan
 from flexpert.core.registry import check_options
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ class OptimizerConfig:
         label_smoothing: of the cross entropy.
         dtype: "float32", or "bfloat16" for autocast.
         accumulate: micro-batches that a step's batch is cut into, to save memory; gradients add up.
+        bias_rate: what a step moves the selection biases by, where routers have them; see `BiasBalancer`.
     """
 
     batch_size: int = 256
@@ -61,6 +63,26 @@ class OptimizerConfig:
     label_smoothing: float = 0.1
     dtype: str = "float32"
     accumulate: int = 1
+    bias_rate: float = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How several ranks share the model; see `flexpert.parallel`. It changes no result.
+
+    Attributes:
+        replicas: copies of all experts; divides the ranks.
+        slices: ranks that share one expert; None for as few as the ranks allow.
+        dense: what is no expert: "ddp" copies it to every rank, "fsdp" shards it.
+        plan: fields of `ExecutionPlan`; those left out have its defaults.
+        verify: compare what the ranks are about to do before rows travel.
+    """
+
+    replicas: int = 1
+    slices: int | None = None
+    dense: str = "ddp"
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    verify: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +95,14 @@ class TrainConfig:
         seed: of weights, order, augmentation and noise.
         model: the preset and changes to it; see `flexpert.models`.
         checkpoint_every: steps between checkpoints.
+        checkpoint_async: write checkpoints in the background, while training goes on.
         log_every: steps between lines of metrics.
         threads: CPU threads; None leaves PyTorch's choice.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         backend: of torch.distributed on several ranks; None for "nccl" on GPUs and "gloo" elsewhere.
         timeout: seconds that a rank waits for the others before it gives up.
+        ranks: processes that train together; None for those of torchrun, else one.
+        parallel: how they share the model.
     """
 
     name: str = "run"
@@ -87,20 +112,28 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint_every: int = 100
+    checkpoint_async: bool = True
     log_every: int = 20
     threads: int | None = None
     device: str | None = None
     backend: str | None = None
     timeout: float = 600.0
+    ranks: int | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        o = self.optimizer
+        o, p = self.optimizer, self.parallel
         _require("name", self.name, bool(self.name) and "/" not in self.name, "a name without '/'")
         for name, value in (("checkpoint_every", self.checkpoint_every), ("log_every", self.log_every)):
             _require(name, value, value >= 1, "an integer >= 1")
         _require(
             "threads", self.threads, self.threads is None or self.threads >= 1, "None or an integer >= 1"
         )
+        _require("ranks", self.ranks, self.ranks is None or self.ranks >= 1, "None or an integer >= 1")
+        _require("parallel.replicas", p.replicas, p.replicas >= 1, "an integer >= 1")
+        _require("parallel.slices", p.slices, p.slices is None or p.slices >= 1, "None or an integer >= 1")
+        _require("parallel.dense", p.dense, p.dense in ("ddp", "fsdp"), "'ddp' or 'fsdp'")
+        ExecutionPlan.from_dict(p.plan)  # raises for a field or value that no plan has
         _require("timeout", self.timeout, 0 < self.timeout < math.inf, "a number > 0")
         _require("data.shift", self.data.shift, self.data.shift >= 0, "an integer >= 0")
         _require("optimizer.batch_size", o.batch_size, o.batch_size >= 1, "an integer >= 1")
@@ -114,6 +147,7 @@ class TrainConfig:
         _require("optimizer.lr", o.lr, 0 < o.lr < math.inf, "a number > 0")
         _require("optimizer.warmup", o.warmup, 0 <= o.warmup < 1, "a share in 0..1")
         _require("optimizer.clip", o.clip, o.clip > 0, "a number > 0")
+        _require("optimizer.bias_rate", o.bias_rate, 0 < o.bias_rate < math.inf, "a number > 0")
         _require("optimizer.dtype", o.dtype, o.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -27,12 +28,14 @@ from .config import TrainConfig, decode
 from .loop import fit, total_steps
 from .parallel import OneRank, join
 
+_MAY_DIFFER = ("ranks", "parallel")  # a run goes on under any layout
+
 
 def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any] | None:
     """Train, evaluate and save; everything lies in `<output>/<name>/`.
 
-    Started by torchrun, the ranks train together on the same batches as one process would; rank 0 alone
-    writes and speaks.
+    Started by torchrun, the ranks train one model together, on the same batches as one process would; rank 0
+    alone writes and speaks.
 
     Args:
         config: settings.
@@ -55,6 +58,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any] | None
 def _train(config: TrainConfig, resume: bool, ranks: OneRank) -> dict[str, Any] | None:
     _prepare(config)
     task = _task(config, ranks)
+    ranks.prepare(task.model)  # before a folder is made for what cannot run
     folder = Path(ranks.from_main(lambda: str(_open_run(config, resume))))
     steps = total_steps(task, config)
     writer = None
@@ -65,7 +69,7 @@ def _train(config: TrainConfig, resume: bool, ranks: OneRank) -> dict[str, Any] 
     with _Progress(steps, silent=writer is None) as progress:
         seconds = fit(task, config, folder, writer, progress.report, ranks)
     figures = task.evaluate()
-    tensors = ranks.whole(task.model.state_dict())
+    tensors = ranks.whole(task.model)
     load = task.load() if ranks.from_main(_plotter) else {}
     if writer is None:
         return None
@@ -101,7 +105,7 @@ def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
         raise ConfigError(
             f"{folder} has no saved model; name the folder of a finished run, or resume it first"
         )
-    config = _stored_config(Path(folder))
+    config = dataclasses.replace(_stored_config(Path(folder)), ranks=None)  # any number evaluates
     _prepare(config)
     with join(config) as ranks:
         task = VisionTask.from_saved(config, model_folder, ranks)
@@ -147,7 +151,8 @@ def _open_run(config: TrainConfig, resume: bool) -> Path:
         if not (folder / "config.yaml").exists():  # killed before its first second was over
             _write_config(config, folder)
         stored = _stored_config(folder)
-        changed = sorted(k for k, v in stored.to_dict().items() if v != config.to_dict()[k])
+        now = config.to_dict()
+        changed = sorted(k for k, v in stored.to_dict().items() if v != now[k] and k not in _MAY_DIFFER)
         if changed:
             raise ConfigError(
                 f"{folder} was run with other settings ({', '.join(changed)}); resume it with "

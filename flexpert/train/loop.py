@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
+from flexpert.balancers import BiasBalancer
 from flexpert.core.errors import FlexpertError
 from flexpert.monitor.metrics import MetricsWriter, describe_routing
 
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import latest_checkpoint
 from .config import TrainConfig
 from .parallel import OneRank
+from .saver import CheckpointSaver
 from .schedule import warmup_cosine
-from .state import collect_state, restore_state
+from .state import collect_state, restore_checkpoint
 from .task import StepResult, Task
 
 Report = Callable[[dict[str, Any]], None]
@@ -41,7 +43,7 @@ def fit(
     same settings).
 
     Args:
-        task: model, data and loss.
+        task: model, data and loss; on several ranks after `ranks.prepare(task.model)`.
         config: settings.
         folder: of the run.
         writer: gets each line of metrics; None on other ranks than 0.
@@ -52,50 +54,57 @@ def fit(
         Seconds spent in training, those of earlier parts of an interrupted run included.
     """
     ranks = OneRank() if ranks is None else ranks
-    ranks.prepare(task.model)
-    optimizer = torch.optim.AdamW(
-        task.parameter_groups(config.optimizer.weight_decay), lr=config.optimizer.lr, fused=True
-    )
+    groups = ranks.groups(task.parameter_groups(config.optimizer.weight_decay))
+    optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, fused=True)
+    balancer = _balancer(task, config)
     start, before = _resume(task, optimizer, folder, ranks)
     if writer is not None:
         writer.rewind(start)
     total = total_steps(task, config)
     began = time.perf_counter()
     mark = (start, began)
-    for step in range(start, total):
-        result = _step(task, ranks, optimizer, config, step, total)
-        done = step + 1
-        if done % config.log_every == 0 or done == total:
-            now = time.perf_counter()
-            rate = task.tokens_per_step * (done - mark[0]) / (now - mark[1])
-            line = _line(
-                ranks.figures(result),
-                done=done,
-                total=total,
-                seconds=round(before + now - began, 3),
-                lr=optimizer.param_groups[0]["lr"],
-                tokens_per_second=round(rate, 1),
-            )
-            if writer is not None:
-                writer.write(done, line)
-                report(line)
-            mark = (done, now)
-        if done % config.checkpoint_every == 0 or done == total:
-            seconds = before + time.perf_counter() - began
-            tensors = ranks.whole(collect_state(task.model, optimizer))
-            if ranks.world.is_main:
+    with CheckpointSaver(folder / "checkpoints", asynchronous=config.checkpoint_async) as saver:
+        for step in range(start, total):
+            result = _step(task, ranks, optimizer, config, step, total)
+            if balancer is not None:
+                balancer.observe(result.stats)
+                balancer.step(ranks.total)
+            done = step + 1
+            if done % config.log_every == 0 or done == total:
+                now = time.perf_counter()
+                line = _line(
+                    ranks.figures(result),
+                    done=done,
+                    total=total,
+                    seconds=round(before + now - began, 3),
+                    lr=optimizer.param_groups[0]["lr"],
+                    tokens_per_second=round(task.tokens_per_step * (done - mark[0]) / (now - mark[1]), 1),
+                    **ranks.traffic(done - mark[0]),
+                )
+                if writer is not None:
+                    writer.write(done, line)
+                    report(line)
+                mark = (done, now)
+            if done % config.checkpoint_every == 0 or done == total:
+                seconds = before + time.perf_counter() - began
                 state = {"seconds": seconds, "config": config.to_dict()}
-                save_checkpoint(folder / "checkpoints", done, tensors, state)
+                saver.save(done, collect_state(task.model, optimizer), state)
     return before + time.perf_counter() - began
 
 
+def _balancer(task: Task, config: TrainConfig) -> BiasBalancer | None:
+    """What moves the selection biases of the model's routers, where they have some."""
+    if all(getattr(module, "selection_bias", None) is None for module in task.model.modules()):
+        return None
+    return BiasBalancer(task.model, rate=config.optimizer.bias_rate)
+
+
 def _resume(task: Task, optimizer: torch.optim.Optimizer, folder: Path, ranks: OneRank) -> tuple[int, float]:
-    """Steps done and seconds spent so far; every rank reads the checkpoint that rank 0 has found."""
+    """Steps done and seconds spent so far; every rank reads its parts of the checkpoint that rank 0 found."""
     path = ranks.from_main(lambda: str(latest_checkpoint(folder / "checkpoints") or ""))
     if not path:
         return 0, 0.0
-    checkpoint = load_checkpoint(Path(path))
-    restore_state(task.model, optimizer, checkpoint.tensors)
+    checkpoint = restore_checkpoint(Path(path), task.model, optimizer)
     return checkpoint.step, float(checkpoint.state.get("seconds", 0.0))
 
 
@@ -115,8 +124,9 @@ def _step(
     results = []
     parts = config.optimizer.accumulate
     for part in range(parts):
-        result = task.loss(step, part, parts)
-        ranks.backward(task.model, result.loss, last=part == parts - 1)
+        with ranks.micro_batch(task.model, last=part == parts - 1):
+            result = task.loss(step, part, parts)
+            result.loss.backward()
         results.append(result)
     norm = ranks.clip_grad_norm(task.model, config.optimizer.clip)
     if not torch.isfinite(norm):
@@ -128,7 +138,7 @@ def _step(
     return StepResult.merged(results)
 
 
-def _line(result: StepResult, *, done: int, total: int, **figures: float) -> dict[str, Any]:
+def _line(result: StepResult, *, done: int, total: int, **figures: Any) -> dict[str, Any]:
     """One line of metrics."""
     return {
         "step": done,

@@ -1,24 +1,42 @@
 """How the ranks of a run work together: the one place of the training job that knows of collectives.
 
 The convention: a rank's loss is such that its mean over ranks is the loss of the whole batch, and gradients
-are averaged over ranks, as `DistributedDataParallel` does. Figures of a step follow the same rule.
+are averaged over ranks, as `DistributedDataParallel` and `flexpert.parallel` do. Figures of a step follow the
+same rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from flexpert.core.errors import DistributedError, FlexpertError
+from flexpert.core.plan import ExecutionPlan
 from flexpert.core.seeding import derive_seed
 from flexpert.core.stats import reduce_stats
+from flexpert.layer import MoE
+from flexpert.parallel import (
+    ExpertMesh,
+    clip_grad_norm_,
+    expert_mesh,
+    full_state_dict,
+    groups_by_mesh,
+    no_sync,
+    parallelize,
+)
+from flexpert.parallel.differentiable import all_reduce
+from flexpert.parallel.group import Group
+from flexpert.parallel.state import accept_full_tensors
 
-from .config import TrainConfig
+from .config import ParallelConfig, TrainConfig
 from .task import StepResult
 from .world import World, process_group, read_world
 
@@ -41,22 +59,30 @@ class OneRank:
         self.device = torch.device("cpu") if device is None else device
 
     def prepare(self, model: nn.Module) -> None:
-        """Ready a model for training on these ranks; before the optimiser is made."""
+        """Lay a model out over these ranks, for training; before the optimiser is made."""
+
+    def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Parameter groups as an optimiser takes them after `prepare`."""
+        return groups
 
     def seed(self, base: int, step: int) -> None:
         """Set the random state of a step, where it does not go on from that of the step before."""
 
-    def backward(self, model: nn.Module, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of a micro-batch; after the last one they are those of the whole batch."""
-        loss.backward()
+    def micro_batch(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; after the last, gradients are the whole batch's."""
+        return nullcontext()
 
     def clip_grad_norm(self, model: nn.Module, limit: float) -> Tensor:
         """Scale the gradients down to a norm of at most `limit`; their norm before, the same on each rank."""
         return nn.utils.clip_grad_norm_(model.parameters(), limit)
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The tensors as one process would have them, to be written; every rank calls this."""
-        return tensors
+    def whole(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The tensors of a model as one process has them, on rank 0; every rank calls this."""
+        return model.state_dict()
+
+    def traffic(self, steps: int) -> dict[str, Any]:
+        """What to log of the experts' exchange in so many steps since the last call; every rank calls it."""
+        return {}
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks, without gradient."""
@@ -72,32 +98,88 @@ class OneRank:
 
 
 class ManyRanks(OneRank):
-    """Ranks with a copy of the model each, which average their gradients.
+    """Ranks that share a model: each has its part of the experts, and dense layers are replicated or sharded.
 
     Args:
-        world: the place of this process.
+        world: the place of this process in the default process group.
         device: where it computes.
-        total: the sum of a tensor over ranks; that of the default process group if not given.
+        layout: how the model is shared.
+
+    Attributes:
+        mesh: of the experts, after `prepare`; None for a model without.
     """
 
-    def __init__(self, world: World, device: torch.device | None = None, total: Sum | None = None) -> None:
+    def __init__(
+        self, world: World, device: torch.device | None = None, layout: ParallelConfig | None = None
+    ) -> None:
         super().__init__(world, device)
-        self._total = _sum_over_group if total is None else total
-        self.all_reduce = lambda values: _Sum.apply(values, self._total)
+        self.layout = ParallelConfig() if layout is None else layout
+        self.mesh: ExpertMesh | None = None
+        nodes = [rank // world.local_size for rank in range(world.size)]
+        self._group = Group("all ranks", range(world.size), dist.group.WORLD, nodes)
+        self.all_reduce = lambda values: all_reduce(values, self._group)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Lay the experts out over a mesh of the ranks and make the rest data parallel, in place.
+
+        Raises:
+            ConfigError: a layout or plan that does not fit model or ranks.
+            DistributedError: the ranks' models differ.
+        """
+        layout, experts = self.layout, _most_experts(model)
+        if not experts:
+            return self._prepare_dense(model)
+        self.mesh = expert_mesh(
+            experts,
+            replicas=layout.replicas,
+            slices=layout.slices,
+            ranks_per_node=self.world.local_size,
+            device=self.device.type,
+        )
+        plan = ExecutionPlan.from_dict(layout.plan)
+        parallelize(model, self.mesh, dense=layout.dense, plan=plan, verify=layout.verify)
+        self.mesh.traffic.reset()
+        return None
+
+    def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups, each cut into those of tensors of one mesh."""
+        return groups_by_mesh(groups)
 
     def seed(self, base: int, step: int) -> None:
         """Set the random state from (seed, step, rank): ranks differ, and a resumed run needs no state."""
         torch.manual_seed(derive_seed(base, "step", step, "rank", self.world.rank))
 
-    def backward(self, model: nn.Module, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of a micro-batch; average them over ranks after the last one."""
-        loss.backward()
-        if last:
-            self._average_gradients(model)
+    def micro_batch(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; only that of the last one averages gradients."""
+        return nullcontext() if last else no_sync(model)
+
+    def clip_grad_norm(self, model: nn.Module, limit: float) -> Tensor:
+        """As one process would; see `flexpert.parallel.clip_grad_norm_`."""
+        return clip_grad_norm_(model, limit)
+
+    def whole(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The tensors of the model as one process has them, on rank 0; nothing elsewhere."""
+        return full_state_dict(model)
+
+    def traffic(self, steps: int) -> dict[str, Any]:
+        """The plan, and the bytes of a step that all ranks sent to others of their node and of other nodes.
+
+        Counted are rows, parameters and gradients of the experts, not the averages of dense layers.
+        """
+        if self.mesh is None:
+            return {}
+        own = torch.tensor([self.mesh.traffic.inside, self.mesh.traffic.between], device=self.device)
+        self.mesh.traffic.reset()
+        inside, between = (round(sent / steps) for sent in self.total(own).tolist())
+        plan = ExecutionPlan.from_dict(self.layout.plan).to_dict()
+        text = " ".join(f"{name}={value}" for name, value in plan.items())
+        return {"plan": text, "bytes_inside": inside, "bytes_between": between}
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks, without gradient."""
-        return self._total(values.detach())
+        total = values.detach().clone()
+        self._group.all_reduce(total)
+        return total
 
     def figures(self, result: StepResult) -> StepResult:
         """Means over ranks of loss and metrics, and the statistics of the whole batch."""
@@ -128,18 +210,13 @@ class ManyRanks(OneRank):
             raise DistributedError(f"rank 0 failed: {text}")
         return text
 
-    def _average_gradients(self, model: nn.Module) -> None:
-        """One sum for each dtype; a parameter that no rank has a gradient for keeps none."""
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        for dtype in sorted({p.dtype for p in parameters}, key=str):
-            alike = [p for p in parameters if p.dtype == dtype]
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
-            has = torch.tensor([p.grad is not None for p in alike], dtype=dtype, device=grads[0].device)
-            flat = self.total(torch.cat([has, *(grad.flatten() for grad in grads)]))
-            has, *sums = flat.split([len(alike), *(grad.numel() for grad in grads)])
-            for parameter, some, total in zip(alike, has.tolist(), sums, strict=True):
-                if some:
-                    parameter.grad = (total / self.world.size).view_as(parameter)
+    def _prepare_dense(self, model: nn.Module) -> None:
+        if self.layout.dense == "ddp":
+            replicate(model)
+            return
+        mesh = DeviceMesh.from_group(dist.group.WORLD, self.device.type, mesh_dim_names=("rank",))
+        fully_shard(model, mesh=mesh)
+        accept_full_tensors(model)
 
 
 @contextmanager
@@ -150,6 +227,11 @@ def join(config: TrainConfig) -> Iterator[OneRank]:
         DistributedError: an environment that cannot be, or ranks that do not meet.
     """
     world = read_world()
+    if config.ranks not in (None, world.size):
+        raise DistributedError(
+            f"ranks={config.ranks}, but this run has {world.size} (WORLD_SIZE): leave ranks out under "
+            f"torchrun, or use `flexpert train CONFIG ranks={config.ranks}`, which starts as many processes"
+        )
     device = world.device(config.device)
     if world.size == 1:
         yield OneRank(world, device)
@@ -157,7 +239,7 @@ def join(config: TrainConfig) -> Iterator[OneRank]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with process_group(world, device, backend=config.backend, timeout=config.timeout):
-        yield ManyRanks(world, device)
+        yield ManyRanks(world, device, config.parallel)
 
 
 def weighted(value: Tensor, weight: float) -> Tensor:
@@ -169,20 +251,8 @@ def weighted(value: Tensor, weight: float) -> Tensor:
     return value if weight == 1 else value * weight
 
 
-def _sum_over_group(values: Tensor) -> Tensor:
-    total = values.clone()
-    dist.all_reduce(total)
-    return total
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over ranks; its adjoint is the same sum of the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, total: Sum) -> Tensor:
-        ctx.total = total
-        return total(values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.total(grad), None
+def _most_experts(model: nn.Module) -> int:
+    """The experts that travel in the model's largest bank; 0 without any."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, MoE)]
+    banks = [bank for layer in layers for bank in layer.experts.groups().values()]
+    return max((bank.num_experts for bank in banks if bank.remote), default=0)

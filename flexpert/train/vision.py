@@ -144,8 +144,12 @@ class VisionTask:
         return {name: _shares(value) for (name, _), value in stats.items()}
 
     def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Write the model: safetensors, config, card."""
-        self.model.save_pretrained(folder, state_dict=tensors)
+        """Write the model: safetensors, config, card; as one process would, also where ranks share it."""
+        model = self.model
+        if type(model) is not SwinV2MoEForImageClassification:  # data parallelism has put another class on it
+            with torch.device("meta"):
+                model = SwinV2MoEForImageClassification(model.config)
+        model.save_pretrained(folder, state_dict=tensors)
 
     def _logits(self, images: Tensor) -> Tensor:
         bfloat16 = self.config.optimizer.dtype == "bfloat16"

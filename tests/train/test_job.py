@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -118,61 +116,6 @@ def test_a_killed_run_resumes_to_the_same_bits(settings: list[str]) -> None:
     lines, expected = read_metrics(killed), read_metrics(Path(whole["run"]))
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
-
-
-def run_on_ranks(settings: list[str], size: int, *flags: str) -> list[tuple[int, str, str]]:
-    """Status, output and errors of `flexpert train` on so many processes, started as torchrun does."""
-    data = next(item.partition("=")[2] for item in settings if item.startswith("data.folder="))
-    command = [sys.executable, "-c", CHILD, data, "train", str(CONFIG), *settings, *flags, "--json"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    children = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    outputs = [child.communicate(timeout=900) for child in children]
-    return [(child.returncode, *output) for child, output in zip(children, outputs, strict=True)]
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one_process_does_and_resume_to_the_same_bits(settings: list[str]) -> None:
-    quiet = [
-        *(
-            item.replace("moe_dropout: 0.1, drop_path_rate: 0.1", "capacity_factor: null, moe_dropout: 0.0")
-            for item in settings
-        ),
-        "optimizer.batch_size=15",  # eight and seven images
-        "optimizer.accumulate=2",
-    ]
-    alone = train(config(quiet, "name=alone"))
-    main, other = run_on_ranks(quiet, 2, "name=two")
-    assert (main[0], other) == (0, (0, "", "")), main[2] + other[2]
-    assert ", 2 ranks; images from" in main[2]
-    result = json.loads(main[1])
-    assert (result["steps"], result["images"]) == (alone["steps"], alone["images"])
-    lines, expected = (read_metrics(Path(run["run"])) for run in (result, alone))
-    assert [line["step"] for line in lines] == [line["step"] for line in expected]
-    for name in ("loss", "accuracy", "importance_load", "entropy"):
-        assert [x[name] for x in lines] == pytest.approx([x[name] for x in expected], rel=1e-3, abs=1e-5)
-    newest = max((Path(result["run"]) / "checkpoints").glob("step-*"))
-    shutil.rmtree(newest)
-    before = weights(result["run"])
-    again = run_on_ranks(quiet, 2, "name=two", "--resume")
-    assert [status for status, _, _ in again] == [0, 0]
-    assert all(weights(result["run"])[name].equal(value) for name, value in before.items())
-    shutil.rmtree(max((Path(result["run"]) / "checkpoints").glob("step-*")))
-    train(config(quiet, "name=two"), resume=True)  # on another number of ranks
-    lines = read_metrics(Path(result["run"]))
-    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-3)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(settings: list[str], tmp_path: Path) -> None:

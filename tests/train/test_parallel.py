@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from flexpert.core.errors import ConfigError, DistributedError
 from flexpert.core.stats import RoutingStats
-from flexpert.testing import assert_close
-from flexpert.train.config import TrainConfig, load_config
-from flexpert.train.parallel import ManyRanks, OneRank, weighted
+from flexpert.testing import assert_close, run_ranks
+from flexpert.train.config import load_config
+from flexpert.train.parallel import OneRank, join, weighted
 from flexpert.train.task import StepResult
-from flexpert.train.vision import VisionTask
-from flexpert.train.world import World
-from tests.ranks import run_ranks
+from tests.train import vision_ranks as on_ranks
 
-CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
 SMALL = (
     "model={preset: tiny, embed_dim: 16, depths: [1, 2], num_heads: [2, 2], pretrained_window_sizes: [0, 0],"
     " num_experts: 4, capacity_factor: null}"
@@ -32,53 +26,26 @@ def settings(tiny_fashion_mnist: Path) -> list[str]:
     return [SMALL, f"data.folder={tiny_fashion_mnist}", "data.shift=2", "device=cpu"]
 
 
-def config(settings: list[str], *more: str) -> TrainConfig:
-    return load_config(CONFIG, [*settings, *more])
-
-
-def task_of(given: TrainConfig, ranks: OneRank | None = None) -> VisionTask:
-    torch.manual_seed(0)
-    return VisionTask(given, ranks=ranks)
-
-
-def on_ranks(given: TrainConfig, size: int, work: Callable[[VisionTask, OneRank], Any]) -> list[Any]:
-    """Results of `work(task, ranks)` on every rank; the tasks are made one after the other."""
-    tasks = [task_of(given) for _ in range(size)]
-
-    def run(rank: int, all_reduce: Callable[[Tensor], Tensor]) -> Any:
-        ranks = ManyRanks(World(rank, size, rank, size), total=all_reduce)
-        tasks[rank].ranks = ranks
-        return work(tasks[rank], ranks)
-
-    return run_ranks(size, run)
-
-
-def step(task: VisionTask, ranks: OneRank) -> tuple[StepResult, dict[str, Tensor], float]:
-    """Figures, gradients and their norm of step 4."""
-    task.model.train()
-    parts = task.config.optimizer.accumulate
-    results = []
-    for part in range(parts):
-        results.append(task.loss(4, part, parts))
-        ranks.backward(task.model, results[-1].loss, last=part == parts - 1)
-    gradients = {name: p.grad.clone() for name, p in task.model.named_parameters() if p.grad is not None}
-    norm = ranks.clip_grad_norm(task.model, 1e-3)
-    return ranks.figures(StepResult.merged(results)), gradients, float(norm)
-
-
 @pytest.mark.parametrize(
-    ("size", "batch", "accumulate"),
-    [(2, 12, 1), (3, 16, 1), (3, 16, 3), (3, 2, 1), (2, 3, 2)],
-    ids=["even", "uneven", "micro_batches", "a_rank_without_images", "a_micro_batch_without"],
+    ("size", "batch", "accumulate", "more"),
+    [
+        (2, 12, 1, ["parallel.plan.r=0"]),
+        (2, 15, 2, ["parallel.slices=2", "parallel.plan={r: 2, degree: 2}"]),
+        (2, 1, 1, []),
+        (2, 3, 2, ["parallel.dense=fsdp"]),
+        (2, 15, 2, ["model.num_experts=0"]),
+        (3, 16, 1, ["parallel.replicas=3"]),
+    ],
+    ids=["even", "micro_batches", "a_rank_without_images", "a_micro_batch_without", "dense", "three"],
 )
-def test_a_step_is_that_of_one_process(settings: list[str], size: int, batch: int, accumulate: int) -> None:
-    more = (f"optimizer.batch_size={batch}", f"optimizer.accumulate={accumulate}")
-    given = config(settings, *more)
-    alone = task_of(given)
-    figures, gradients, norm = step(alone, alone.ranks)
-    for got, others, other_norm in on_ranks(given, size, step):
+def test_a_step_is_that_of_one_process(
+    tiny_fashion_mnist: Path, settings: list[str], size: int, batch: int, accumulate: int, more: list[str]
+) -> None:
+    settings = [*settings, f"optimizer.batch_size={batch}", f"optimizer.accumulate={accumulate}", *more]
+    figures, gradients, norm = on_ranks.step(tiny_fashion_mnist, settings)
+    for got, others, other_norm in run_ranks(on_ranks.step, size, tiny_fashion_mnist, settings, timeout=300):
         assert_close(got.loss, figures.loss, 1e-6)
-        assert got.metrics.keys() == figures.metrics.keys() == {"accuracy", "importance_load"}
+        assert got.metrics.keys() == figures.metrics.keys()
         for name, value in figures.metrics.items():
             assert_close(got.metrics[name], value, 1e-5, scale=1e-2, name=name)
         assert other_norm == pytest.approx(norm, rel=1e-5)
@@ -90,86 +57,65 @@ def test_a_step_is_that_of_one_process(settings: list[str], size: int, batch: in
             assert got.stats[key].tokens == stats.tokens
 
 
-def test_micro_batches_keep_the_mean_loss(settings: list[str]) -> None:
-    quiet = SMALL.replace("num_experts: 4", "num_experts: 0")
-    losses, grads = [], []
-    for accumulate in (1, 3):
-        given = config(
-            [quiet, *settings[1:]], "optimizer.batch_size=16", f"optimizer.accumulate={accumulate}"
-        )
-        task = task_of(given)
-        figures, gradients, _ = step(task, task.ranks)
-        losses.append(figures.loss)
-        grads.append(gradients)
-    assert_close(losses[1], losses[0], 1e-6)
-    for name, gradient in grads[0].items():
-        assert_close(grads[1][name], gradient, 1e-4, scale=1e-4, name=name)
+def test_micro_batches_keep_the_mean_loss(tiny_fashion_mnist: Path, settings: list[str]) -> None:
+    dense = [*settings, "model.num_experts=0", "optimizer.batch_size=16"]
+    whole, parts = (on_ranks.step(tiny_fashion_mnist, [*dense, f"optimizer.accumulate={n}"]) for n in (1, 3))
+    assert_close(parts[0].loss, whole[0].loss, 1e-6)
+    for name, gradient in whole[1].items():
+        assert_close(parts[1][name], gradient, 1e-4, scale=1e-4, name=name)
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_evaluation_is_that_of_one_process(settings: list[str], size: int) -> None:
-    given = config(settings, "model.capacity_factor=0.5")
-    alone = task_of(given)
-    expected, load = alone.evaluate(batch_size=6), alone.load()
+@pytest.mark.parametrize("more", [["parallel.plan.r=0"], ["parallel.dense=fsdp"]], ids=["r=0", "r=1"])
+def test_evaluation_is_that_of_one_process(
+    tiny_fashion_mnist: Path, settings: list[str], more: list[str]
+) -> None:
+    settings = [*settings, "model.capacity_factor=0.5", *more]
+    expected, load = on_ranks.measure(tiny_fashion_mnist, settings, 6)
     assert 0 < expected["drop_rate"] < 1
-    for figures, shares in on_ranks(given, size, lambda task, _: (task.evaluate(batch_size=6), task.load())):
+    for figures, shares in run_ranks(on_ranks.measure, 2, tiny_fashion_mnist, settings, 6, timeout=300):
         assert figures == pytest.approx(expected, abs=1e-12)
         assert shares.keys() == load.keys()
         assert all(sum(values) == pytest.approx(1) for values in shares.values())
 
 
-def test_a_parameter_without_gradient_keeps_none() -> None:
-    models = [nn.ParameterList([nn.Parameter(torch.ones(2, 3)) for _ in range(3)]) for _ in range(2)]
-
-    def work(rank: int, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        one, two, _ = models[rank]
-        loss = one.sum() * (rank + 1) + (two.sum() if rank else 0.0)
-        ManyRanks(World(rank, 2), total=all_reduce).backward(models[rank], loss, last=True)
-
-    run_ranks(2, work)
-    for one, two, unused in models:
-        assert one.grad is not None
-        assert two.grad is not None
-        assert one.grad.equal(torch.full((2, 3), 1.5))  # the mean of 1 and 2
-        assert two.grad.equal(torch.full((2, 3), 0.5))
-        assert unused.grad is None
+def test_what_rank_0_decides_holds_everywhere() -> None:
+    texts = ["", "runs/a-2", "Läufe/ß"]
+    first, *others = run_ranks(on_ranks.decide, 2, texts, timeout=300)
+    assert first == (texts, "ConfigError", "no such run")
+    assert others == [(texts, "DistributedError", "rank 0 failed: no such run")]
+    assert OneRank().from_main(lambda: "text") == "text"
 
 
-@pytest.mark.parametrize("text", ["", "runs/a-2", "Läufe/ß"])
-def test_what_rank_0_decides_holds_everywhere(text: str) -> None:
-    def work(rank: int, all_reduce: Callable[[Tensor], Tensor]) -> str:
-        return ManyRanks(World(rank, 3), total=all_reduce).from_main(
-            lambda: text if rank == 0 else "not asked"
-        )
-
-    assert run_ranks(3, work) == [text] * 3
-    assert OneRank().from_main(lambda: text) == text
+def test_ranks_that_are_not_there() -> None:
+    one = load_config(on_ranks.CONFIG, ["ranks=2", "device=cpu"])
+    message = "ranks=2, but this run has 1 .*flexpert train CONFIG ranks=2"
+    with pytest.raises(DistributedError, match=message), join(one):
+        pass
 
 
-def test_an_error_on_rank_0_ends_all() -> None:
-    seen = []
-
-    def work(rank: int, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        def make() -> str:
-            raise ConfigError("no such run")
-
-        error = DistributedError if rank else ConfigError
-        with pytest.raises(error, match="rank 0 failed: no such run" if rank else "^no such run"):
-            ManyRanks(World(rank, 2), total=all_reduce).from_main(make)
-        seen.append(rank)
-
-    run_ranks(2, work)
-    assert sorted(seen) == [0, 1]
+def test_a_layout_that_does_not_fit_leaves_no_run(
+    tiny_fashion_mnist: Path, settings: list[str], tmp_path: Path
+) -> None:
+    settings = [*settings, "parallel.plan.r=2", f"output={tmp_path / 'runs'}"]
+    with pytest.raises(DistributedError, match="plan: r=2 on a mesh with 1 slices"):
+        run_ranks(on_ranks.run, 2, tiny_fashion_mnist, settings, timeout=300)
+    assert not (tmp_path / "runs").exists()
+    for wrong, message in {
+        "parallel.plan.r=-1": "r=-1, expected an integer >= 0",
+        "parallel.plan.speed=9": "unknown option 'speed'",
+        "parallel.dense=zero": "parallel.dense='zero'",
+        "parallel.replicas=0": "parallel.replicas=0",
+        "parallel.slices=0": "parallel.slices=0",
+        "ranks=0": "ranks=0: expected None or an integer >= 1",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            load_config(on_ranks.CONFIG, [wrong])
 
 
 def test_the_random_state_of_a_step() -> None:
-    def draw(rank: int, number: int) -> float:
-        ManyRanks(World(rank, 2)).seed(7, number)
-        return float(torch.rand(()))
-
-    values = [draw(rank, number) for rank in (0, 1) for number in (0, 1)]
-    assert len(set(values)) == 4
-    assert draw(1, 0) == values[2]
+    one, two = run_ranks(on_ranks.draw, 2, timeout=300)
+    assert len({*one, *two}) == 4
+    assert run_ranks(on_ranks.draw, 2, timeout=300) == [one, two]
     torch.manual_seed(0)
     before = torch.get_rng_state()
     OneRank().seed(7, 0)
