@@ -23,7 +23,8 @@ def on_rank(experts: int, backward: bool, repeats: int) -> list[dict[str, object
     """All plans for each number of tokens, in turns."""
     mesh = expert_mesh(experts)
     torch.manual_seed(0)
-    layer = MoE(MoEConfig(model_dim=D, hidden_dim=F, num_experts=experts, router="hash"))
+    options = {"router": "hash", "capacity_factor": 1.0}
+    layer = MoE(MoEConfig(model_dim=D, hidden_dim=F, num_experts=experts, **options))
     parallelize(layer, mesh, verify=False)
     rows: list[dict[str, object]] = []
     for tokens in TOKENS:
@@ -32,7 +33,7 @@ def on_rank(experts: int, backward: bool, repeats: int) -> list[dict[str, object
 
         def call(r: int, x=x, context=context) -> None:
             with torch.set_grad_enabled(backward):
-                y = layer(x, context=context, plan=ExecutionPlan(r=r))
+                y = layer(x, context=context, plan=ExecutionPlan(r=r, capacity="padded"))
             if backward:
                 y.sum().backward()
                 layer.zero_grad(set_to_none=True)
@@ -67,7 +68,8 @@ def main() -> None:
     words = (
         f"{options.experts} experts of {D} x {F} (2 MiB in fp32) on 4 nodes of 2 ranks, {options.bandwidth} "
         f"and {options.latency} one way ({mode}), {way}: median milliseconds of {options.repeats}, the "
-        f"slowest rank counts. The ranks share two cores; of a call, computing the experts takes {least:.1f} "
+        f"slowest rank counts. Capacity factor 1, buffers of known size. The ranks share two cores; of a "
+        f"call, computing the experts takes {least:.1f} "
         f"to {most:.1f} ms."
     )
     name = f"r_tokens_{options.experts}{'_backward' if options.backward else ''}"
