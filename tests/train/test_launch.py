@@ -72,7 +72,8 @@ def test_ranks_end_with_their_parent(number: signal.Signals) -> None:
         pytest.skip("only Linux tells processes of their parent's end")
     seconds = f"86412.{int(number)}"
     code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job has none
+        # A job in the background ignores it.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"from flexpert.train.launch import launch; launch(['sleep', '{seconds}'], 2)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
