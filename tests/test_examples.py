@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -26,5 +27,10 @@ def test_examples_run(path: Path) -> None:
     "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 )
 def test_code_in_pages_runs(page: str) -> None:
-    for block in python_blocks(page):
-        exec(compile(block, page, "exec"), {"__name__": page})
+    before = dict(os.environ)
+    try:
+        for block in python_blocks(page):
+            exec(compile(block, page, "exec"), {"__name__": page})
+    finally:  # a page may tell of a world of one; later tests are in none
+        os.environ.clear()
+        os.environ.update(before)

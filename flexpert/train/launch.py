@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import IO
 
-from torch.distributed import TCPStore
+import torch.distributed as dist
 
 from flexpert.core.errors import DistributedError
 
@@ -39,7 +39,7 @@ def launch(command: Sequence[str], ranks: int) -> None:
         KeyboardInterrupt: at Ctrl-C; all have been ended.
     """
     # The store is here, on a port that is never free in between; the ranks are told that it has a host.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     with ExitStack() as stack:
         errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(ranks)]
         processes: list[subprocess.Popen[bytes]] = []

@@ -87,7 +87,7 @@ def fit(
                 mark = (done, now)
             if done % config.checkpoint_every == 0 or done == total:
                 seconds = before + time.perf_counter() - began
-                state = {"seconds": seconds, "config": config.to_dict()}
+                state: dict[str, Any] = {"seconds": seconds, "config": config.to_dict()}
                 saver.save(done, collect_state(task.model, optimizer), state)
     return before + time.perf_counter() - began
 

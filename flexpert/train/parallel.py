@@ -115,8 +115,11 @@ class ManyRanks(OneRank):
         super().__init__(world, device)
         self.layout = ParallelConfig() if layout is None else layout
         self.mesh: ExpertMesh | None = None
+        everyone = dist.group.WORLD
+        if everyone is None:
+            raise DistributedError("no process group is initialised; `join` makes one")
         nodes = [rank // world.local_size for rank in range(world.size)]
-        self._group = Group("all ranks", range(world.size), dist.group.WORLD, nodes)
+        self._group = Group("all ranks", range(world.size), everyone, nodes)
         self.all_reduce = lambda values: all_reduce(values, self._group)
 
     def prepare(self, model: nn.Module) -> None:
@@ -214,7 +217,8 @@ class ManyRanks(OneRank):
         if self.layout.dense == "ddp":
             replicate(model)
             return
-        mesh = DeviceMesh.from_group(dist.group.WORLD, self.device.type, mesh_dim_names=("rank",))
+        assert self._group.process_group is not None
+        mesh = DeviceMesh.from_group(self._group.process_group, self.device.type, mesh_dim_names=("rank",))
         fully_shard(model, mesh=mesh)
         accept_full_tensors(model)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,12 @@ from transformers.utils.logging import disable_progress_bar
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError
 from flexpert.core.stats import RoutingStats, reduce_stats
-from flexpert.models.swinv2_moe import SwinV2MoEForImageClassification, parameter_groups, preset
+from flexpert.models.swinv2_moe import (
+    SwinV2MoEConfig,
+    SwinV2MoEForImageClassification,
+    parameter_groups,
+    preset,
+)
 from flexpert.scope import routing_scope
 
 from .config import TrainConfig
@@ -145,10 +150,10 @@ class VisionTask:
 
     def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write the model: safetensors, config, card; as one process would, also where ranks share it."""
-        model = self.model
+        model, config = self.model, cast("SwinV2MoEConfig", self.model.config)
         if type(model) is not SwinV2MoEForImageClassification:  # data parallelism has put another class on it
             with torch.device("meta"):
-                model = SwinV2MoEForImageClassification(model.config)
+                model = SwinV2MoEForImageClassification(config)
         model.save_pretrained(folder, state_dict=tensors)
 
     def _logits(self, images: Tensor) -> Tensor:

@@ -71,7 +71,11 @@ def test_ranks_end_with_their_parent(number: signal.Signals) -> None:
     if number == signal.SIGKILL and sys.platform != "linux":
         pytest.skip("only Linux tells processes of their parent's end")
     seconds = f"86412.{int(number)}"
-    code = f"from flexpert.train.launch import launch; launch(['sleep', '{seconds}'], 2)"
+    code = (
+        # A job in the background ignores it.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from flexpert.train.launch import launch; launch(['sleep', '{seconds}'], 2)"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: sleeping(seconds) == 2)
