@@ -100,7 +100,7 @@ def test_layer_is_the_loop(case):
         combine="weighted_input" if weighted_input else "sum",
         renormalize=bool(case % 2),
     )
-    layer.use_fused = layer.use_fused and fused
+    layer.transport.fused = layer.transport.fused and fused
     compare(layer, make_input(14), make_context(14, masked=masked, num_groups=1 + grouped))
 
 
@@ -110,7 +110,7 @@ def test_layer_is_the_loop(case):
 def test_in_lower_precision(router, top_k, capacity_factor, fused, dtype):
     x = make_input(24, dtype=dtype)
     layer = make_layer(dtype=dtype, router=ROUTERS[router], top_k=top_k, capacity_factor=capacity_factor)
-    layer.use_fused = fused
+    layer.transport.fused = fused
     # Rounding accumulates over some five operations, each within the dtype's own tolerance.
     compare(layer, x, None, tolerance=None if dtype is torch.float32 else 2 * TOLERANCES[dtype])
 
@@ -138,7 +138,7 @@ def test_mixed_banks(fused):
         {"name": "constant"},
     ]
     layer = make_layer(expert=[*groups, {"name": "glu", "count": 3}], num_experts=9, top_k=3)
-    layer.use_fused = fused
+    layer.transport.fused = fused
     compare(layer, make_input(20), make_context(20, masked=True), capacity_factor=1.0)
 
 
@@ -191,7 +191,7 @@ def test_any_shape(tokens, num_experts, dims, router, capacity_factor, flags, da
         expert_bias=bias,
         renormalize=renormalize,
     )
-    layer.use_fused = fused
+    layer.transport.fused = fused
     context = make_context(tokens, masked=masked, num_groups=groups)
     compare(layer, make_input(tokens, dims[0]), context)
 

@@ -21,9 +21,17 @@ def target_path() -> Path:
     return cache_folder() / "emulate" / f"switch-{key}"
 
 
+def _is_there(path: Path) -> bool:
+    """Whether this user can see the file: another user's cache may be closed."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
+
+
 def why_not() -> str:
     """Why the program cannot be had, "" if it can or is in the cache."""
-    if target_path().exists():
+    if _is_there(target_path()):
         return ""
     try:
         find_compiler()
@@ -39,7 +47,7 @@ def build() -> Path:
         ConfigError: there is no compiler, it fails, or the cache cannot be written to.
     """
     target = target_path()
-    if target.exists():
+    if _is_there(target):
         return target
     try:
         compiler = find_compiler()
