@@ -65,9 +65,8 @@ def main() -> None:
         f"cores), not the "
         f"wire; the gain of 2DH on small ones is that of fewer messages, and no statement about a network."
     )
-    command = f"python -m benchmarks.parallel.algorithms --nodes {options.nodes} --ranks {options.ranks}"
     header = ["KiB per rank", "linear ms", "2DH ms", "linear / 2DH"]
-    record(f"algorithms_{options.nodes}x{options.ranks}", command, words, header, table, rows)
+    record(f"algorithms_{options.nodes}x{options.ranks}", words, header, table, rows)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def main() -> None:
         f"cores that all ranks share."
     )
     header = ["", "plan", "ms", "gain over the baseline"]
-    record("baseline", "python -m benchmarks.parallel.baseline", words, header, table, rows)
+    record("baseline", words, header, table, rows)
 
 
 if __name__ == "__main__":

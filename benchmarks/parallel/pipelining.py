@@ -125,7 +125,7 @@ def main() -> None:
         "gain",
         "hidden",
     ]
-    record("pipelining", "python -m benchmarks.parallel.pipelining", words, header, table, rows)
+    record("pipelining", words, header, table, rows)
 
 
 if __name__ == "__main__":

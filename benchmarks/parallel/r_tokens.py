@@ -73,11 +73,8 @@ def main() -> None:
         f"to {most:.1f} ms."
     )
     name = f"r_tokens_{options.experts}{'_backward' if options.backward else ''}"
-    command = f"python -m benchmarks.parallel.r_tokens --experts {options.experts}" + (
-        " --backward" if options.backward else ""
-    )
     header = ["tokens per rank", *(f"r = {r}" for r in every_r), "worst / best"]
-    record(name, command, words, header, table, rows)
+    record(name, words, header, table, rows)
 
 
 if __name__ == "__main__":

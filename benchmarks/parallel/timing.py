@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,10 +54,9 @@ def interleaved(
     }
 
 
-def record(
-    name: str, command: str, words: str, header: list[str], table: list[list[str]], rows: Rows
-) -> None:
-    """Write rows as JSON, and a table with its command as Markdown; print the table."""
+def record(name: str, words: str, header: list[str], table: list[list[str]], rows: Rows) -> None:
+    """Write rows as JSON, and a table with the command that was run as Markdown; print the table."""
+    command = shlex.join(["python", "-m", f"benchmarks.parallel.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     RESULTS.mkdir(exist_ok=True)
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(line) + " |" for line in table]

@@ -138,7 +138,7 @@ def main() -> None:
         f"step, all ranks together."
     )
     header = ["ranks", "plan", "ms", "images/s", "of dense", "MiB"]
-    record("vision", "python -m benchmarks.parallel.vision", words, header, table, rows)
+    record("vision", words, header, table, rows)
 
 
 if __name__ == "__main__":

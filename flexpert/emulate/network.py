@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from abc import ABC, abstractmethod
 
 from flexpert.core.errors import ConfigError
 
@@ -16,7 +17,7 @@ DEVICE = "eth0"
 QUEUE_FRAMES = 10_000  # of a device: none is lost while whoever empties it waits for a core
 
 
-class Network:
+class Network(ABC):
     """Nodes and the links between them.
 
     Attributes:
@@ -31,45 +32,45 @@ class Network:
     def __init__(self, spec: ClusterSpec) -> None:
         self.spec = spec
 
+    @abstractmethod
     def address(self, node: int) -> str:
         """The IPv4 address of a node."""
-        raise NotImplementedError
 
+    @abstractmethod
     def enter(self, node: int) -> None:
         """Move the calling process, which has one thread, to a node."""
-        raise NotImplementedError
 
+    @abstractmethod
     def free_port(self) -> int:
         """A TCP port of node 0 that nothing listens on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cut(self, node: int) -> None:
         """Drop all frames from and to a node, without a sign to either side."""
-        raise NotImplementedError
 
+    @abstractmethod
     def heal(self, node: int) -> None:
         """Undo `cut`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_rate(self, node: int, rate: int | None) -> None:
         """Change the rate of a node's link, in bits per second, None: no limit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_latency(self, node: int, latency: int) -> None:
         """Change the latency of a node's link, in nanoseconds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kill_processes(self) -> None:
         """End every process that is still on a node."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Remove the network. No process may be left on it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget(self) -> None:
         """In a forked rank: close what keeps the network alive."""
-        raise NotImplementedError
 
 
 class LoopbackNetwork(Network):

@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,7 @@ class ExpertMesh:
         self.ranks, self.ranks_per_node, self.timeout = tuple(ranks), ranks_per_node, timeout
         self.traffic = Traffic()
         self.heartbeat = heartbeat
+        self._made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         grid = torch.tensor(ranks).view(shape)
         self.replica, self.expert, self.slice = (grid == dist.get_rank()).nonzero()[0].tolist()
         i, x, s = self.replica, self.expert, self.slice
@@ -82,8 +84,13 @@ class ExpertMesh:
         self.same_slice = self._group("replicas of a slice", grid[:, x, s])
         self.same_expert = self._group("replicas of an expert", grid[:, x].flatten())
         axes = self.same_slice, self.column, self.blocks[self.slices]
+        some_is_alone = any(group.process_group is None for group in axes)
+        alone = _new_group((dist.get_rank(),), timeout) if some_is_alone else None
         self.device_mesh = DeviceMesh.from_group(
-            [group.process_group or self._alone() for group in axes], device, mesh=grid, mesh_dim_names=AXES
+            [cast(dist.ProcessGroup, group.process_group or alone) for group in axes],
+            device,
+            mesh=grid,
+            mesh_dim_names=AXES,
         )
         self.algorithms: dict[str, Algorithm] = {"linear": Linear(self.whole)}
         self.why_not_2dh = self._build_2dh()
@@ -121,18 +128,11 @@ class ExpertMesh:
     def _group(self, name: str, ranks: torch.Tensor) -> Group:
         """The group of these ranks; one that this process has made before serves again."""
         members = tuple(ranks.tolist())
-        if not hasattr(self, "_made"):
-            self._made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         if members not in self._made:
             alone = len(members) == 1
             self._made[members] = None if alone else _new_group(members, self.timeout)
         nodes = tuple(rank // self.ranks_per_node for rank in members)
         return Group(name, members, self._made[members], nodes, self.traffic, self.heartbeat)
-
-    def _alone(self) -> dist.ProcessGroup:
-        if not hasattr(self, "_self_group"):
-            self._self_group = _new_group((dist.get_rank(),), self.timeout)
-        return self._self_group
 
     def _build_2dh(self) -> str | None:
         """Add the hierarchical all-to-all; the reason where it does not fit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -53,7 +54,9 @@ def parallelize(
         mixed_precision: dtype that "fsdp" computes in, parameters staying as they are (experts follow the
             dtype of their input); with "ddp" use autocast.
         plan: for calls that bring none; None is `ExecutionPlan()`.
-        verify: compare what the ranks are about to do before rows travel; see `ExpertParallel`.
+        verify: compare what the ranks are about to do before rows travel; see `ExpertParallel`. Without it a
+            padded plan needs equally many tokens on every rank where the router has a capacity: buffers must
+            be of one size.
 
     Returns:
         The model.
@@ -174,6 +177,4 @@ def _digest(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def _hash(data: str | bytes) -> int:
-    import zlib
-
     return zlib.crc32(data.encode() if isinstance(data, str) else data)
