@@ -94,15 +94,15 @@ _TINY: dict[str, Any] = {
     "vocab_size": 256,  # bytes
     "bos_token_id": 0,
     "eos_token_id": None,
-    "hidden_size": 160,
-    "intermediate_size": 480,
+    "hidden_size": 128,
+    "intermediate_size": 640,
     "num_hidden_layers": 4,
-    "num_attention_heads": 5,
+    "num_attention_heads": 2,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
     "num_experts": 16,
     "num_experts_per_tok": 4,
-    "expert_hidden_dim": 96,
+    "expert_hidden_dim": 128,
     "num_shared_experts": 1,
     "router": {"name": "linear", "scoring": "sigmoid", "selection_bias": True},
     "balance_weight": 0.0,
@@ -114,8 +114,8 @@ def language_preset(name: str, **overrides: Any) -> MoELanguageConfig:
     """A configuration by name.
 
     Args:
-        name: "tiny": bytes, 4 layers of width 160, trains on a laptop's CPU in minutes. Its active MLP width,
-            5 experts of 96, is that of its dense layers and of the dense twin, 480.
+        name: "tiny": bytes, 4 layers of width 128, trains on a laptop's CPU in minutes. Its active MLP width,
+            5 experts of 128, is that of its dense layers and of the dense twin, 640.
         overrides: settings of `MoELanguageConfig` in place of the preset's, such as `num_experts=0`.
 
     Raises:
