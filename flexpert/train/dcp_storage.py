@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.tensor import DTensor
 
 from flexpert.core.errors import CheckpointError, DistributedError
-from flexpert.parallel.agreement import Ranks
+from flexpert.parallel.together import Ranks
 
 Like = Callable[[str], "Tensor | None"]
 

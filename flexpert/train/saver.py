@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flexpert.parallel.agreement import Ranks
+from flexpert.parallel.together import Ranks
 
 from .checkpoint import save_checkpoint, write_checkpoint
 from .checks import JSON, check_arguments, merge_descriptions
