@@ -12,6 +12,7 @@ import torch.distributed as dist
 from flexpert.core.errors import CheckpointError, ConfigError, DistributedError, InputError
 
 from .group import Group
+from .heartbeat import Heartbeat, heartbeat_of
 
 Result = TypeVar("Result")
 _KINDS = {
@@ -29,6 +30,7 @@ class Ranks:
     Attributes:
         group: as given.
         rank, size: of this process in the group.
+        heartbeat: one in which these ranks take part, where there is one; it names those that are lost.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -41,7 +43,12 @@ class Ranks:
             raise DistributedError("this rank is no member of the process group it was given")
         if self.size > 1:
             members, everyone = dist.get_process_group_ranks(group), group or dist.group.WORLD
-            self._group = Group("ranks that work together", members, everyone, [0] * self.size)
+            name, nodes = "ranks that work together", [0] * self.size
+            self._group = Group(name, members, everyone, nodes, heartbeat=heartbeat_of(members))
+
+    @property
+    def heartbeat(self) -> Heartbeat | None:  # noqa: D102 - above
+        return None if self._group is None else self._group.heartbeat
 
     def share(self, value: Any) -> list[Any]:
         """The values of all ranks, in order. They travel as JSON: tuples arrive as lists.
