@@ -29,6 +29,9 @@ PATIENCE = 3.0  # intervals without a sign of life after which a rank counts as 
 ALIVE, LEFT, FAILED, FOLLOWED = "alive", "left", "failed", "followed"
 
 
+_running: list[Heartbeat] = []
+
+
 class Lost(NamedTuple):
     """A rank and the seconds since its last sign of life; None: it never gave one."""
 
@@ -74,6 +77,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="flexpert heartbeat", daemon=True)
         self._thread.start()
         atexit.register(self.stop)
+        _running.append(self)
 
     def lost(self) -> list[Lost]:
         """Ranks without a sign of life for three intervals, the longest silent first.
@@ -112,6 +116,8 @@ class Heartbeat:
     def stop(self) -> None:
         """End the thread, telling the others that this rank left; called at the exit of the process too."""
         atexit.unregister(self.stop)
+        if self in _running:
+            _running.remove(self)
         error = getattr(sys, "last_value", None)  # of an interpreter that ends with a traceback
         if self._followed or isinstance(error, DistributedError):
             self._end(FOLLOWED)
@@ -129,6 +135,10 @@ class Heartbeat:
         return known or (
             "every rank shows signs of life: one may be late, in other code, or cut off from data connections"
         )
+
+    def is_of_this_world(self) -> bool:
+        """Whether the default process group is still the one that this was made for."""
+        return dist.is_initialized() and self._world() is dist.distributed_c10d._get_default_group()
 
     def _known(self) -> str:
         """Who is to blame, or empty."""
@@ -176,7 +186,7 @@ class Heartbeat:
             if own != ALIVE or self._gone:
                 break
             self._wake.wait(self.interval)
-            if not dist.is_initialized() or self._world() is not dist.distributed_c10d._get_default_group():
+            if not self.is_of_this_world():
                 self._end(LEFT)  # the world that this belongs to has been closed
         self._told.set()
 
@@ -208,6 +218,12 @@ def heartbeat_for(store: Store, ranks: Sequence[int], interval: float | None, na
     if interval == 0 or len(ranks) == 1:
         return None
     return Heartbeat(store, dist.get_rank(), ranks, interval, name)
+
+
+def heartbeat_of(ranks: Sequence[int]) -> Heartbeat | None:
+    """A heartbeat of the current world in which all these ranks take part; None where there is none."""
+    known = [beat for beat in _running if set(ranks) <= set(beat.ranks) and beat.is_of_this_world()]
+    return known[-1] if known else None
 
 
 def _over_tcp(store: Store) -> bool:

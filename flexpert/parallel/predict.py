@@ -19,6 +19,7 @@ from flexpert.core.plan import ExecutionPlan
 from .codec import CODECS
 from .group import Group
 from .mesh import ExpertMesh
+from .splits import chunk_of
 from .switch import block_size, destinations
 from .transport import HEADER
 
@@ -72,10 +73,10 @@ def bytes_of_call(
         rows_PPe = rows_between(mesh, bank.num_experts, plan, counts_PE, capacity)
         row = _wire_bytes(bank.model_dim, dtype, plan.codec), _wire_bytes(bank.output_dim, dtype, plan.codec)
         for chunk in range(plan.degree):
-            part_PP = rows_PPe * (chunk + 1) // plan.degree - rows_PPe * chunk // plan.degree
+            _, part_PPe = chunk_of(rows_PPe, chunk, plan.degree)
             for _ in range(passes):  # backward sends gradients of results there, of rows back
                 there, back = row if _ == 0 else row[::-1]
-                _add_rows(sent, mesh, plan.algorithm, part_PP.sum(2), there, back)
+                _add_rows(sent, mesh, plan.algorithm, part_PPe.sum(2), there, back)
     return sent
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from flexpert.core.errors import CheckpointError
 
-from .agreement import Ranks
+from .together import Ranks
 
 Source: TypeAlias = Mapping[str, Tensor] | str | os.PathLike[str]
 _Read: TypeAlias = Callable[[str, tuple[slice, ...] | None], Tensor]

@@ -10,7 +10,7 @@ from typing import Any
 
 from flexpert.core.errors import ConfigError
 
-from .job import model_folder
+from .folder import model_folder
 
 
 def generate(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,24 +23,23 @@ from flexpert.core.seeding import derive_seed
 from flexpert.layer import MoE
 from flexpert.monitor.metrics import MetricsWriter, read_metrics
 
-from .config import TrainConfig, decode
+from .config import TrainConfig
+from .folder import model_folder, open_run, restart_count
 from .loop import fit, total_steps
 from .parallel import OneRank, join
-
-_MAY_DIFFER = ("ranks", "parallel")  # a run goes on under any layout
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any] | None:
     """Train, evaluate and save; everything lies in `<output>/<name>/`.
 
     Started by torchrun, the ranks train one model together, on the same batches as one process would; rank 0
-    alone writes and speaks.
+    alone writes and speaks. Restarted by torchrun, they go on with the run that they began, from its newest
+    checkpoint.
 
     Args:
         config: settings.
         resume: go on with the run of this name; its settings must be the same. Without it, a name that is
-            taken
-            gets a number: nothing is overwritten.
+            taken gets a number: nothing is overwritten.
 
     Returns:
         "run" (folder), "steps", "seconds" (of training), "headline" (a phrase), "plots" (files), and the
@@ -50,7 +48,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any] | None
 
     Raises:
         ConfigError: bad settings, or a run to resume that has others.
-        DistributedError: ranks that do not meet.
+        DistributedError: ranks that do not meet, or one that is lost.
     """
     with join(config) as ranks:
         return _train(config, resume, ranks)
@@ -60,12 +58,13 @@ def _train(config: TrainConfig, resume: bool, ranks: OneRank) -> dict[str, Any] 
     _prepare(config)
     task = _task_class(config)(config, ranks=ranks)
     ranks.prepare(task.model)  # before a folder is made for what cannot run
-    folder = Path(ranks.from_main(lambda: str(_open_run(config, resume))))
+    folder = Path(ranks.from_main(lambda: str(open_run(config, resume))))
     steps = total_steps(task, config)
     writer = None
     if ranks.world.is_main:
         together = f", {ranks.world.size} ranks" if ranks.world.size > 1 else ""
-        _say(f"run {folder}: {_describe(task.model)}{together}; {task.source}")
+        again = f", restart {restarts}" if (restarts := restart_count()) else ""
+        _say(f"run {folder}: {_describe(task.model)}{together}{again}; {task.source}")
         writer = MetricsWriter(folder)
     with _Progress(steps, task.score, silent=writer is None) as progress:
         seconds = fit(task, config, folder, writer, progress.report, ranks)
@@ -118,22 +117,6 @@ def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def model_folder(folder: Path) -> tuple[Path, TrainConfig]:
-    """Where a run's saved model lies, and the run's settings.
-
-    Raises:
-        ConfigError: no such run, or no saved model.
-    """
-    if not Path(folder).is_dir():
-        raise ConfigError(f"there is no run {folder}; `flexpert train` makes runs")
-    saved = Path(folder) / "model"
-    if not (saved / "config.json").exists():
-        raise ConfigError(
-            f"{folder} has no saved model; name the folder of a finished run, or resume it first"
-        )
-    return saved, _stored_config(Path(folder))
-
-
 def _say(text: str) -> None:
     """A line for the person who waits; standard output is for results."""
     sys.stderr.write(f"{text}\n")
@@ -155,51 +138,6 @@ def _task_class(config: TrainConfig) -> Any:
     from .vision import VisionTask
 
     return VisionTask
-
-
-def _open_run(config: TrainConfig, resume: bool) -> Path:
-    """The run's folder, with its settings in it."""
-    folder = Path(config.output) / config.name
-    if resume:
-        if not folder.is_dir():
-            raise ConfigError(f"there is no run {folder} to resume; start it without --resume")
-        if not (folder / "config.yaml").exists():  # killed before its first second was over
-            _write_config(config, folder)
-        stored = _stored_config(folder)
-        now = config.to_dict()
-        changed = sorted(k for k, v in stored.to_dict().items() if v != now[k] and k not in _MAY_DIFFER)
-        if changed:
-            raise ConfigError(
-                f"{folder} was run with other settings ({', '.join(changed)}); resume it with "
-                f"the same, or start anew"
-            )
-        return folder
-    number = 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-            folder = Path(config.output) / f"{config.name}-{number}"
-        except OSError as error:
-            raise ConfigError(f"output={config.output!r}: cannot make {folder}: {error.strerror}") from None
-    _write_config(config, folder)
-    return folder
-
-
-def _write_config(config: TrainConfig, folder: Path) -> None:
-    settings = {**config.to_dict(), "name": folder.name}
-    temporary = folder / "config.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    temporary.replace(folder / "config.yaml")
-
-
-def _stored_config(folder: Path) -> TrainConfig:
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
-    return decode(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def _save_model(task: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -247,6 +185,7 @@ class _Progress:
         self._score = score
         hidden = silent or not sys.stderr.isatty()
         self._bar = tqdm(total=steps, unit="step", file=sys.stderr, disable=hidden)
+        self._slow = ""  # the rank and phase that were named last
 
     def __enter__(self) -> _Progress:
         return self
@@ -255,7 +194,12 @@ class _Progress:
         self._bar.close()
 
     def report(self, line: dict[str, Any]) -> None:
-        """Show one line of metrics."""
+        """Show one line of metrics; a slow rank once, until another one or none is named."""
+        straggler = line.get("straggler", "")
+        slow = straggler.partition(":")[0]
+        if slow and slow != self._slow:
+            tqdm.write(straggler, file=sys.stderr)
+        self._slow = slow
         parts = [
             f"loss {line['loss']:.4f}",
             f"{self._score.replace('_', ' ')} {line.get(self._score, 0):.3f}",
