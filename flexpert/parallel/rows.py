@@ -1,7 +1,7 @@
 """How many rows each rank sends to others of its node and of other nodes, under a plan.
 
-Letters: W ranks of a mesh, P of one replica, X expert ranks, S slices, B slices of a block, N nodes, L ranks of a
-node.
+Letters: W ranks of a mesh, P of one replica, X expert ranks, S slices, B slices of a block, N nodes, L ranks
+of a node.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class RowTraffic:
 
     def _to_bins(self, bin_P: Tensor) -> Tensor:
         """(P, bins): rows from each rank to all those of a bin."""
-        grid, found = self.grid, self.rows_PX.new_zeros(self.grid.size, int(bin_P.max()) + 1)
+        grid = self.grid
+        found: Tensor = self.rows_PX.new_zeros(grid.size, int(bin_P.max()) + 1)
         bin_XS = bin_P.view(grid.expert_ranks, grid.slices)
         for kind in range(self.block):
             rows = self.rows_PX[kind :: self.block]

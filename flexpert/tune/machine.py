@@ -62,7 +62,7 @@ class Rate:
             values = getattr(self, name)
             if len(values) != len(self.rows) or not all(math.isfinite(v) and v > 0 for v in values):
                 raise ConfigError(
-                    f"rate: {name}={list(values)}, expected {len(self.rows)} numbers > 0, one for each of rows"
+                    f"rate: {name}={list(values)}, expected {len(self.rows)} numbers > 0, as of rows"
                 )
 
     def at(self, rows: float, *, backward: bool = False) -> float:

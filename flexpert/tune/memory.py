@@ -5,8 +5,6 @@ Letters: N rows of this rank, R rows that arrive on it, D, F and O widths, S sli
 
 from __future__ import annotations
 
-import torch
-
 from flexpert.core.plan import ExecutionPlan
 from flexpert.parallel.predict import counts_on_wire
 from flexpert.parallel.rows import RowTraffic

@@ -301,5 +301,6 @@ class Workload:
         wanted = shape.ranks, shape.num_experts
         if tuple(self.rows_PE.shape) != wanted:
             raise InputError(
-                f"workload: rows_PE has shape {tuple(self.rows_PE.shape)}, the layer (ranks, experts) {wanted}"
+                f"workload: rows_PE has shape {tuple(self.rows_PE.shape)}, of a layer with (ranks, experts) "
+                f"= {wanted}"
             )
