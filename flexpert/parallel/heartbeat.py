@@ -36,6 +36,9 @@ class Lost(NamedTuple):
     seconds: float | None
 
 
+_running: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
+
+
 class Heartbeat:
     """This rank's signs of life and what it knows of the others'.
 
@@ -73,6 +76,7 @@ class Heartbeat:
         self._world = weakref.ref(dist.distributed_c10d._get_default_group())
         self._thread = threading.Thread(target=self._run, name="flexpert heartbeat", daemon=True)
         self._thread.start()
+        _running.add(self)
         atexit.register(self.stop)
 
     def lost(self) -> list[Lost]:
@@ -143,8 +147,8 @@ class Heartbeat:
         if not told and (silence := self.store_silence()):
             state = "has hung up" if self._gone else f"does not answer for {silence:.1f} s"
             told = [
-                f"the store {state}: its host, rank 0 or torchrun's agent, may be lost; of the other ranks "
-                f"nothing is known"
+                f"the store {state}: its host, rank 0 or torchrun's agent, may be lost, or this machine cut "
+                f"off from it; of the other ranks nothing is known"
             ]
         return "; ".join(told)
 
@@ -178,6 +182,7 @@ class Heartbeat:
             self._wake.wait(self.interval)
             if not dist.is_initialized() or self._world() is not dist.distributed_c10d._get_default_group():
                 self._end(LEFT)  # the world that this belongs to has been closed
+        _running.discard(self)
         self._told.set()
 
     def _round(self, message: str) -> None:
@@ -208,6 +213,11 @@ def heartbeat_for(store: Store, ranks: Sequence[int], interval: float | None, na
     if interval == 0 or len(ranks) == 1:
         return None
     return Heartbeat(store, dist.get_rank(), ranks, interval, name)
+
+
+def heartbeat_of(ranks: Sequence[int]) -> Heartbeat | None:
+    """One that knows of all these ranks, for collectives on groups that no mesh made; None: there is none."""
+    return next((beat for beat in list(_running) if set(ranks) <= set(beat.ranks)), None)
 
 
 def _over_tcp(store: Store) -> bool:
