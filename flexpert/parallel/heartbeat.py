@@ -9,6 +9,7 @@ and is told as such.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -116,8 +117,7 @@ class Heartbeat:
     def stop(self) -> None:
         """End the thread, telling the others that this rank left; called at the exit of the process too."""
         atexit.unregister(self.stop)
-        if self in _running:
-            _running.remove(self)
+        self._forget()
         error = getattr(sys, "last_value", None)  # of an interpreter that ends with a traceback
         if self._followed or isinstance(error, DistributedError):
             self._end(FOLLOWED)
@@ -153,8 +153,8 @@ class Heartbeat:
         if not told and (silence := self.store_silence()):
             state = "has hung up" if self._gone else f"does not answer for {silence:.1f} s"
             told = [
-                f"the store {state}: its host, rank 0 or torchrun's agent, may be lost; of the other ranks "
-                f"nothing is known"
+                f"the store {state}: its host, rank 0 or torchrun's agent, may be lost, or this machine cut "
+                f"off from it; of the other ranks nothing is known"
             ]
         return "; ".join(told)
 
@@ -188,7 +188,13 @@ class Heartbeat:
             self._wake.wait(self.interval)
             if not self.is_of_this_world():
                 self._end(LEFT)  # the world that this belongs to has been closed
+        self._forget()
         self._told.set()
+
+    def _forget(self) -> None:
+        """No longer the heartbeat of any group; by whichever of thread and caller comes first."""
+        with contextlib.suppress(ValueError):
+            _running.remove(self)
 
     def _round(self, message: str) -> None:
         """Tell the own message and read the others'."""
@@ -222,7 +228,7 @@ def heartbeat_for(store: Store, ranks: Sequence[int], interval: float | None, na
 
 def heartbeat_of(ranks: Sequence[int]) -> Heartbeat | None:
     """A heartbeat of the current world in which all these ranks take part; None where there is none."""
-    known = [beat for beat in _running if set(ranks) <= set(beat.ranks) and beat.is_of_this_world()]
+    known = [beat for beat in list(_running) if set(ranks) <= set(beat.ranks) and beat.is_of_this_world()]
     return known[-1] if known else None
 
 

@@ -20,6 +20,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from flexpert.core.errors import CheckpointError
 
+from .heartbeat import heartbeat_of
+from .pending import failure
 from .together import Ranks
 
 Source: TypeAlias = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -41,10 +43,13 @@ def full_state_dict(model: nn.Module, *, rank: int = 0) -> dict[str, Tensor]:
 
     Returns:
         Tensors by name; on the other ranks an empty dict.
+
+    Raises:
+        DistributedError: a rank is gone or too late.
     """
     result = {}
     for name, tensor in _tensors(model).items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = _whole(name, tensor) if isinstance(tensor, DTensor) else tensor
         if not dist.is_initialized() or dist.get_rank() == rank:
             result[name] = whole.to("cpu", copy=True).contiguous()
     return result
@@ -125,6 +130,15 @@ class _TakeParts:
                 own = getattr(module, name)
                 if given.shape == own.shape:
                     tensors[prefix + name] = distribute(given, mesh, placements)
+
+
+def _whole(name: str, tensor: DTensor) -> Tensor:
+    try:
+        return tensor.full_tensor()
+    except RuntimeError as error:
+        ranks = tuple(tensor.device_mesh.mesh.flatten().tolist())
+        what = f"full_state_dict: all_gather of {name} on ranks {ranks} failed"
+        raise failure(what, error, heartbeat_of(ranks)) from error
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
