@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import socket
 from pathlib import Path
 
 import yaml
@@ -83,15 +84,23 @@ def _make(config: TrainConfig) -> Path:
             folder = Path(config.output) / f"{config.name}-{number}"
         except OSError as error:
             raise ConfigError(f"output={config.output!r}: cannot make {folder}: {error.strerror}") from None
-    if launch := os.environ.get("TORCHELASTIC_RUN_ID"):
+    if launch := _launch():
         _write(folder / _LAUNCH, json.dumps({"torchrun": launch}) + "\n")
     _write_config(config, folder)
     return folder
 
 
+def _launch() -> str | None:
+    """What tells this torchrun from others, over all its restarts; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name in (None, "none"):  # torchrun's name for all that have none; its agent is this process's parent
+        return name and f"{socket.gethostname()} {os.getppid()}"
+    return name
+
+
 def _begun_by_this_launch(config: TrainConfig) -> Path | None:
     """The newest run of this name that this torchrun began in an earlier life; None: it came to none."""
-    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    launch = _launch()
     found: list[tuple[int, Path]] = []
     for path in Path(config.output).glob(f"*/{_LAUNCH}"):
         name = re.fullmatch(rf"{re.escape(config.name)}(?:-(\d+))?", path.parent.name)
