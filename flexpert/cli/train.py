@@ -17,7 +17,7 @@ EXAMPLES = (
     "flexpert train configs/fashion_mnist.yaml model.num_experts=0 name=dense-twin",
     "flexpert train configs/fashion_mnist.yaml --resume",
     "flexpert train configs/fashion_mnist.yaml ranks=2 parallel.plan.degree=2",
-    "torchrun --nproc-per-node 2 -m flexpert.train configs/fashion_mnist.yaml",
+    "torchrun --nproc-per-node 2 --max-restarts 3 -m flexpert.train configs/fashion_mnist.yaml",
 )
 
 
