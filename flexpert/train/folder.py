@@ -109,3 +109,19 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def model_folder(folder: Path) -> tuple[Path, TrainConfig]:
+    """Where a run's saved model lies, and the run's settings.
+
+    Raises:
+        ConfigError: no such run, or no saved model.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(f"there is no run {folder}; `flexpert train` makes runs")
+    saved = Path(folder) / "model"
+    if not (saved / "config.json").exists():
+        raise ConfigError(
+            f"{folder} has no saved model; name the folder of a finished run, or resume it first"
+        )
+    return saved, stored_config(Path(folder))

@@ -24,7 +24,7 @@ from flexpert.layer import MoE
 from flexpert.monitor.metrics import MetricsWriter, read_metrics
 
 from .config import TrainConfig
-from .folder import open_run, restart_count, stored_config
+from .folder import model_folder, open_run, restart_count
 from .loop import fit, total_steps
 from .parallel import OneRank, join
 
@@ -42,8 +42,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any] | None
             taken gets a number: nothing is overwritten.
 
     Returns:
-        "run" (folder), "accuracy", "images", "steps", "seconds" (of training), "plots" (files); None on other
-        ranks than 0.
+        "run" (folder), "steps", "seconds" (of training), "headline" (a phrase), "plots" (files), and the
+        figures of the task: "accuracy" and "images", or "validation_loss", "bits_per_byte", "bytes" and
+        "sample" (a text); None on other ranks than 0.
 
     Raises:
         ConfigError: bad settings, or a run to resume that has others.
@@ -55,7 +56,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any] | None
 
 def _train(config: TrainConfig, resume: bool, ranks: OneRank) -> dict[str, Any] | None:
     _prepare(config)
-    task = _task(config, ranks)
+    task = _task_class(config)(config, ranks=ranks)
     ranks.prepare(task.model)  # before a folder is made for what cannot run
     folder = Path(ranks.from_main(lambda: str(open_run(config, resume))))
     steps = total_steps(task, config)
@@ -63,10 +64,9 @@ def _train(config: TrainConfig, resume: bool, ranks: OneRank) -> dict[str, Any] 
     if ranks.world.is_main:
         together = f", {ranks.world.size} ranks" if ranks.world.size > 1 else ""
         again = f", restart {restarts}" if (restarts := restart_count()) else ""
-        source = task.dataset.source
-        _say(f"run {folder}: {_describe(task.model)}{together}{again}; images from {source}")
+        _say(f"run {folder}: {_describe(task.model)}{together}{again}; {task.source}")
         writer = MetricsWriter(folder)
-    with _Progress(steps, silent=writer is None) as progress:
+    with _Progress(steps, task.score, silent=writer is None) as progress:
         seconds = fit(task, config, folder, writer, progress.report, ranks)
     figures = task.evaluate()
     tensors = ranks.whole(task.model)
@@ -76,39 +76,32 @@ def _train(config: TrainConfig, resume: bool, ranks: OneRank) -> dict[str, Any] 
     writer.close()
     result = {"run": str(folder), "steps": steps, "seconds": seconds, **figures}
     _save_model(task, folder, tensors)
-    result["plots"] = [str(path) for path in _plots(folder, result["accuracy"], load)]
+    result |= {"headline": task.headline(figures), **task.closing(folder / "model")}
+    result["plots"] = [str(path) for path in _plots(folder, task.score, figures[task.score], load)]
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
 def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
-    """Accuracy of a run's saved model.
+    """The figures of a run's saved model on held-out data.
 
     Args:
         folder: of the run.
         overrides: "top_k" and "capacity_factor", in place of the model's own.
 
     Returns:
-        "accuracy", "images", "seconds", "routing" (the overrides) and, with MoE layers, "drop_rate"; None on
-        other ranks than 0.
+        The figures of the task (see `train`), "headline", "seconds", "routing" (the overrides) and, with MoE
+        layers, "drop_rate"; None on other ranks than 0.
 
     Raises:
         ConfigError: no such run, no saved model, or an unknown override.
     """
-    from .vision import VisionTask
-
     check_options("evaluate", overrides, ("top_k", "capacity_factor"))
-    if not Path(folder).is_dir():
-        raise ConfigError(f"there is no run {folder}; `flexpert train` makes runs")
-    model_folder = Path(folder) / "model"
-    if not (model_folder / "config.json").exists():
-        raise ConfigError(
-            f"{folder} has no saved model; name the folder of a finished run, or resume it first"
-        )
-    config = dataclasses.replace(stored_config(Path(folder)), ranks=None)  # any number evaluates
+    saved, config = model_folder(folder)
+    config = dataclasses.replace(config, ranks=None)  # any number evaluates
     _prepare(config)
     with join(config) as ranks:
-        task = VisionTask.from_saved(config, model_folder, ranks)
+        task = _task_class(config).from_saved(config, saved, ranks)
         if overrides and not any(isinstance(module, MoE) for module in task.model.modules()):
             raise ConfigError(f"{folder} is a dense model: {', '.join(overrides)} would change nothing")
         began = time.perf_counter()
@@ -117,6 +110,7 @@ def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
             return None
     return {
         **figures,
+        "headline": task.headline(figures),
         "seconds": round(time.perf_counter() - began, 3),
         "routing": overrides,
         "run": str(folder),
@@ -134,12 +128,16 @@ def _prepare(config: TrainConfig) -> None:
     torch.manual_seed(derive_seed(config.seed, "run"))
 
 
-def _task(config: TrainConfig, ranks: OneRank) -> Any:
+def _task_class(config: TrainConfig) -> Any:
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("the vision model needs transformers: pip install 'flexpert[vision]'")
+        raise ConfigError(f"the {config.task} model needs transformers: pip install 'flexpert[hf]'")
+    if config.task == "language":
+        from .language import LanguageTask
+
+        return LanguageTask
     from .vision import VisionTask
 
-    return VisionTask(config, ranks=ranks)
+    return VisionTask
 
 
 def _save_model(task: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -166,14 +164,14 @@ def _plotter() -> str:
     return "matplotlib" if importlib.util.find_spec("matplotlib") else ""
 
 
-def _plots(folder: Path, accuracy: float, load: Mapping[str, list[float]]) -> list[Path]:
+def _plots(folder: Path, name: str, score: float, load: Mapping[str, list[float]]) -> list[Path]:
     if not _plotter():
         _say("no plots: pip install 'flexpert[plots]' draws them")
         return []
     from flexpert.monitor.plots import learning_curve, load_map
 
     curve = folder / "learning_curve.png"
-    learning_curve(read_metrics(folder), curve, accuracy)
+    learning_curve(read_metrics(folder), curve, name, score)
     if not load:
         return [curve]
     load_map(load, folder / "load.png")
@@ -183,7 +181,8 @@ def _plots(folder: Path, accuracy: float, load: Mapping[str, list[float]]) -> li
 class _Progress:
     """A bar on a terminal, plain lines elsewhere; on standard error, so that results stay apart."""
 
-    def __init__(self, steps: int, *, silent: bool = False) -> None:
+    def __init__(self, steps: int, score: str, *, silent: bool = False) -> None:
+        self._score = score
         hidden = silent or not sys.stderr.isatty()
         self._bar = tqdm(total=steps, unit="step", file=sys.stderr, disable=hidden)
         self._slow = ""  # the rank and phase that were named last
@@ -203,7 +202,7 @@ class _Progress:
         self._slow = slow
         parts = [
             f"loss {line['loss']:.4f}",
-            f"accuracy {line.get('accuracy', 0):.3f}",
+            f"{self._score.replace('_', ' ')} {line.get(self._score, 0):.3f}",
             f"{line['tokens_per_second'] / 1000:.1f}k tokens/s",
         ]
         if "load" in line:
