@@ -18,7 +18,7 @@ EXAMPLES = (
     "flexpert train configs/python_lm.yaml",
     "flexpert train configs/fashion_mnist.yaml --resume",
     "flexpert train configs/fashion_mnist.yaml ranks=2 parallel.plan.degree=2",
-    "torchrun --nproc-per-node 2 -m flexpert.train configs/fashion_mnist.yaml",
+    "torchrun --nproc-per-node 2 --max-restarts 3 -m flexpert.train configs/fashion_mnist.yaml",
 )
 
 

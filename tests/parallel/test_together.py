@@ -4,6 +4,8 @@ import pytest
 import torch.distributed as dist
 
 from flexpert.core.errors import CheckpointError, DistributedError
+from flexpert.parallel import heartbeat
+from flexpert.parallel.agree import default_store
 from flexpert.parallel.together import Ranks
 from flexpert.testing import run_ranks
 
@@ -55,6 +57,20 @@ def test_values_of_any_length_arrive_whole_and_others_are_an_error_everywhere():
     want = [{"name": "\u00e9" * 5000 * rank, "of": [rank, None, 0.1]} for rank in range(2)]
     words = "Object of type object is not JSON serializable"
     assert run_ranks(share_unlike_values, 2) == [(want, f"rank 1: TypeError: {words}"), (want, words)]
+
+
+def heartbeats():
+    """Of these ranks, of others, and after it ended."""
+    rank = dist.get_rank()
+    group = dist.new_group([0, 1])
+    beat = heartbeat.Heartbeat(default_store(), rank, [0, 1], 0.5, "test")
+    found = Ranks(group).heartbeat is beat, heartbeat.heartbeat_of([0, 2])
+    beat.stop()
+    return (*found, Ranks(group).heartbeat)
+
+
+def test_a_heartbeat_of_the_ranks_is_found():
+    assert run_ranks(heartbeats, 2) == [(True, None, None)] * 2
 
 
 def of_a_part():
