@@ -6,6 +6,8 @@ package imports no `transformers`; its functions do.
 
 from __future__ import annotations
 
+from .bias import bias_balancer
 from .enable import enable
+from .probe import RouterCall, RouterProbe
 
-__all__ = ["enable"]
+__all__ = ["RouterCall", "RouterProbe", "bias_balancer", "enable"]

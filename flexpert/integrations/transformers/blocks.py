@@ -30,6 +30,10 @@ class Block:
     router: nn.Module
     experts: Any
 
+    def num_experts(self, classes: int) -> int:
+        """E, of the classes that the router scores; one model adds a class that skips all experts."""
+        return classes - 1 if hasattr(self.router, "num_router_classes") else classes
+
 
 def experts_of(model: nn.Module) -> dict[str, Any]:
     """Every experts module of a model by its name.
@@ -44,24 +48,22 @@ def experts_of(model: nn.Module) -> dict[str, Any]:
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
-    """The blocks of a model, in order.
+    """The blocks of a model, in order: modules with a child `experts` and a child that is its router.
 
     Raises:
         ConfigError: the model has no routed experts, or a block has no module that is its router.
     """
-    modules = dict(model.named_modules())
     blocks = []
-    for name, experts in experts_of(model).items():
-        parent_name = name.rpartition(".")[0]
-        parent = modules[parent_name]
-        router = next((getattr(parent, own) for own in _ROUTERS if hasattr(parent, own)), None)
-        if not isinstance(router, nn.Module):
-            children = {child: type(module).__name__ for child, module in parent.named_children()}
-            raise ConfigError(
-                f"{parent_name or 'the model'} ({type(parent).__name__}) has experts and no router called "
-                f"{' or '.join(_ROUTERS)}; its children are {children}"
-            )
-        blocks.append(Block(name=parent_name, block=parent, router=router, experts=experts))
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        router = next((children[own] for own in _ROUTERS if own in children), None)
+        if router is not None and "experts" in children:
+            blocks.append(Block(name=name, block=module, router=router, experts=children["experts"]))
+    if not blocks:
+        name, experts = next(iter(experts_of(model).items()))
+        raise ConfigError(
+            f"{name} ({type(experts).__name__}) has no router beside it called {' or '.join(_ROUTERS)}"
+        )
     return blocks
 
 

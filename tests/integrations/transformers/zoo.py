@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,7 +19,10 @@ SMALL = {
     **dict.fromkeys(("hidden_size", "moe_hidden_size"), D),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), F),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), E),
+    **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk"), K),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
     "moe_latent_size": None,
+    "router_hidden_size": D,
 }
 # What a class needs beside its config.
 ARGUMENTS = {"Ernie4_5_VLMoeMoeExperts": {"intermediate_size": F}}
@@ -62,6 +66,7 @@ def small_configs(module: ModuleType) -> Iterator[PreTrainedConfig]:
 
 def shrink(config: PreTrainedConfig, **sizes: object) -> PreTrainedConfig:
     """The config with the small sizes it has a place for, and others."""
+    config.allow_global_per_layer_attribute_access = True  # of the one whose layers differ
     for name, value in {**SMALL, **sizes}.items():
         if hasattr(config, name) and not isinstance(getattr(config, name), list | tuple):
             setattr(config, name, value)
@@ -80,6 +85,36 @@ def build_experts(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> 
             errors.append(f"{type(config).__name__}: {error}")
             continue
         return randomised(experts).to(dtype)
+    raise AssertionError(f"{kind.__name__} builds from none of its configs: {errors}")
+
+
+@functools.cache
+def block_classes() -> dict[str, type[nn.Module]]:
+    """The classes that build a decorated experts class, by name."""
+    found = {}
+    for experts in experts_classes():
+        module = importlib.import_module(experts_classes()[experts].__module__)
+        for name, value in vars(module).items():
+            own = isinstance(value, type) and value.__module__ == module.__name__
+            if not (own and issubclass(value, nn.Module) and "__init__" in vars(value)):
+                continue
+            if f" {experts}(" in inspect.getsource(value.__init__):
+                found[name] = value
+    return found
+
+
+def build_block(kind: type[nn.Module]) -> nn.Module:
+    """A block with random weights."""
+    errors = []
+    for config in small_configs(importlib.import_module(kind.__module__)):
+        for place in ((), (0,)):
+            try:
+                block = kind(config, *place)
+            except (AttributeError, TypeError) as error:  # not its config, or not its arguments
+                errors.append(f"{type(config).__name__}: {error}")
+                continue
+            config._experts_implementation = "eager"
+            return randomised(block)
     raise AssertionError(f"{kind.__name__} builds from none of its configs: {errors}")
 
 
