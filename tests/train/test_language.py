@@ -26,6 +26,7 @@ SMALL = [
     " num_attention_heads: 2, num_experts: 4, num_experts_per_tok: 2, expert_hidden_dim: 8,"
     " max_position_embeddings: 64, balance_weight: 0.01}",
     "data.sequence_length=16",
+    "optimizer.dtype=float32",
     "optimizer.batch_size=5",  # 3 and 2 windows on two ranks
     "optimizer.epochs=0.1",
     "checkpoint_every=3",
