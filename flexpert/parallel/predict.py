@@ -18,6 +18,7 @@ from flexpert.core.plan import ExecutionPlan
 
 from .codec import CODECS
 from .group import Group
+from .layout import tensors_of
 from .mesh import ExpertMesh
 from .switch import block_size, destinations
 from .transport import HEADER
@@ -145,7 +146,7 @@ def _add_parameters(
 ) -> None:
     """Gathered before the experts, reduced after them, averaged over the ranks with copies."""
     layouts = bank.layout()
-    for name, parameter in bank.named_parameters():
+    for name, parameter in tensors_of(bank).items():
         if name not in layouts:
             if layouts and backward:
                 _add_average(sent, mesh.everyone, parameter)
@@ -155,11 +156,13 @@ def _add_parameters(
         group = mesh.column if r == 0 else None
         if cut:
             group = mesh.whole if r == 0 else mesh.blocks[block_size(mesh, r)]
+        trained = backward and parameter.requires_grad
         if group is not None:
-            sent.add(group, [local.numel() * dtype.itemsize] * group.size)
-            if backward:
+            item = dtype.itemsize if local.is_floating_point() else local.element_size()
+            sent.add(group, [local.numel() * item] * group.size)
+            if trained:
                 sent.add(group, [local.nbytes] * group.size)
-        if backward:
+        if trained:
             _add_average(sent, mesh.same_slice if cut else mesh.same_expert, local)
 
 
