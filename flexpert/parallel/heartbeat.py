@@ -9,6 +9,7 @@ and is told as such.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -29,14 +30,14 @@ PATIENCE = 3.0  # intervals without a sign of life after which a rank counts as 
 ALIVE, LEFT, FAILED, FOLLOWED = "alive", "left", "failed", "followed"
 
 
+_running: list[Heartbeat] = []
+
+
 class Lost(NamedTuple):
     """A rank and the seconds since its last sign of life; None: it never gave one."""
 
     rank: int
     seconds: float | None
-
-
-_running: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
 
 
 class Heartbeat:
@@ -76,8 +77,8 @@ class Heartbeat:
         self._world = weakref.ref(dist.distributed_c10d._get_default_group())
         self._thread = threading.Thread(target=self._run, name="flexpert heartbeat", daemon=True)
         self._thread.start()
-        _running.add(self)
         atexit.register(self.stop)
+        _running.append(self)
 
     def lost(self) -> list[Lost]:
         """Ranks without a sign of life for three intervals, the longest silent first.
@@ -116,6 +117,7 @@ class Heartbeat:
     def stop(self) -> None:
         """End the thread, telling the others that this rank left; called at the exit of the process too."""
         atexit.unregister(self.stop)
+        self._forget()
         error = getattr(sys, "last_value", None)  # of an interpreter that ends with a traceback
         if self._followed or isinstance(error, DistributedError):
             self._end(FOLLOWED)
@@ -133,6 +135,10 @@ class Heartbeat:
         return known or (
             "every rank shows signs of life: one may be late, in other code, or cut off from data connections"
         )
+
+    def is_of_this_world(self) -> bool:
+        """Whether the default process group is still the one that this was made for."""
+        return dist.is_initialized() and self._world() is dist.distributed_c10d._get_default_group()
 
     def _known(self) -> str:
         """Who is to blame, or empty."""
@@ -180,10 +186,15 @@ class Heartbeat:
             if own != ALIVE or self._gone:
                 break
             self._wake.wait(self.interval)
-            if not dist.is_initialized() or self._world() is not dist.distributed_c10d._get_default_group():
+            if not self.is_of_this_world():
                 self._end(LEFT)  # the world that this belongs to has been closed
-        _running.discard(self)
+        self._forget()
         self._told.set()
+
+    def _forget(self) -> None:
+        """No longer the heartbeat of any group; by whichever of thread and caller comes first."""
+        with contextlib.suppress(ValueError):
+            _running.remove(self)
 
     def _round(self, message: str) -> None:
         """Tell the own message and read the others'."""
@@ -216,8 +227,9 @@ def heartbeat_for(store: Store, ranks: Sequence[int], interval: float | None, na
 
 
 def heartbeat_of(ranks: Sequence[int]) -> Heartbeat | None:
-    """One that knows of all these ranks, for collectives on groups that no mesh made; None: there is none."""
-    return next((beat for beat in list(_running) if set(ranks) <= set(beat.ranks)), None)
+    """A heartbeat of the current world in which all these ranks take part; None where there is none."""
+    known = [beat for beat in list(_running) if set(ranks) <= set(beat.ranks) and beat.is_of_this_world()]
+    return known[-1] if known else None
 
 
 def _over_tcp(store: Store) -> bool:

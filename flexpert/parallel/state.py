@@ -20,9 +20,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from flexpert.core.errors import CheckpointError
 
-from .agreement import Ranks
 from .heartbeat import heartbeat_of
 from .pending import failure
+from .together import Ranks
 
 Source: TypeAlias = Mapping[str, Tensor] | str | os.PathLike[str]
 _Read: TypeAlias = Callable[[str, tuple[slice, ...] | None], Tensor]

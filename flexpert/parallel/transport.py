@@ -16,11 +16,12 @@ from flexpert.core.plan import ExecutionPlan
 from flexpert.core.routing import AnyRouting, CapacityRouting
 from flexpert.dispatch import gather
 
-from .all_to_all import Splits, all_reduce
+from .differentiable import all_reduce
 from .layout import check_bank
 from .mesh import ExpertMesh
 from .pending import named
 from .pipeline import Exchange, run
+from .splits import Splits
 from .switch import counts_by_rank, even_counts, starts_by_rank, weights_for
 from .timers import phase
 
