@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .bias import bias_balancer
 from .enable import enable
+from .packed import prepack, unpack
 from .probe import RouterCall, RouterProbe
 
-__all__ = ["RouterCall", "RouterProbe", "bias_balancer", "enable"]
+__all__ = ["RouterCall", "RouterProbe", "bias_balancer", "enable", "prepack", "unpack"]
