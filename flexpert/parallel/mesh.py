@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -96,7 +97,7 @@ class ExpertMesh:
         self.algorithms: dict[str, Algorithm] = {"linear": Linear(self.whole)}
         self.why_not_2dh = self._build_2dh()
 
-    @property
+    @cached_property
     def legal_r(self) -> tuple[int, ...]:
         """The values of r that a plan may have: 0 and the divisors of S."""
         return (0, *sorted(self.blocks))
