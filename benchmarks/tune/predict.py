@@ -172,7 +172,9 @@ def main() -> None:
             timeouts = {"timeout": PATIENCE, "collective_timeout": PATIENCE}
             found = cluster.run(on_rank, spec["ranks"], options.repeats, **timeouts)[0]
         found["rows"] = [{"cluster": label, **row} for row in found["rows"]]
-        clusters.append({"cluster": label, "seconds": found["seconds"], "machine": json.loads(found["machine"])})
+        clusters.append(
+            {"cluster": label, "seconds": found["seconds"], "machine": json.loads(found["machine"])}
+        )
         lines += summary(label, found["rows"])
         rows += found["rows"]
         print(label, f"calibrated in {found['seconds']:.1f} s", file=sys.stderr, flush=True)

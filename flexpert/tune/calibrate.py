@@ -139,7 +139,8 @@ def _overheads(watch: Stopwatch, model_dim: int, dtype: torch.dtype, bandwidth: 
     size = model_dim * dtype.itemsize
     token, token_back = ((routes[i + 2] - routes[i]) / (many - few) for i in range(2))
     row, row_back = (
-        ((b - s) / (many - few) - t) / size for b, s, t in ((big, small, token), (big_back, small_back, token_back))
+        ((b - s) / (many - few) - t) / size
+        for b, s, t in ((big, small, token), (big_back, small_back, token_back))
     )
     found = {
         "call": small,
@@ -168,7 +169,8 @@ class _Links:
         latency = self._latency()
         collective, messages = self._messages(latency)
         fixed = {
-            "inside": latency["inside"] + self.contention * (collective + messages["inside"] * (self.local - 1)),
+            "inside": latency["inside"]
+            + self.contention * (collective + messages["inside"] * (self.local - 1)),
             "between": latency["between"]
             + self.contention
             * (

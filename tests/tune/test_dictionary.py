@@ -139,12 +139,12 @@ def test_no_file_is_no_fault(tmp_path):
 
 def test_buckets():
     assert Bucket.of([10, 20, 30, 40], 4, None, 10) == Bucket(rows=2, capacity=-1, skew=1)
-    assert Bucket.of([10, 10, 10, 10], 4, 16, 10) == Bucket(rows=1, capacity=6, skew=0)
+    assert Bucket.of([10, 10, 10, 10], 4, 16, 10) == Bucket(rows=1, capacity=1, skew=0)
     assert Bucket.of([0, 0, 0, 40], 4, None, 10).skew == 2
     assert Bucket.of([0, 0], 4, None) == Bucket(rows=0)
     assert Bucket.from_dict(Bucket(rows=3, capacity=2, skew=1).to_dict()) == Bucket(
         rows=3, capacity=2, skew=1
     )
-    assert Bucket(rows=2, capacity=4, skew=1).describe(10) == "20..29 rows, capacity 40..49, skewed"
+    assert Bucket(rows=2, capacity=2, skew=1).describe(10) == "20..29 rows, skewed, wide buffers"
     with pytest.raises(ConfigError, match="rows=True"):
         Bucket.from_dict({"rows": True})
