@@ -198,7 +198,7 @@ def text_of(result: dict[str, Any], found: dict[str, Any], steps: int, mode: str
         "",
         f"One layer, {EXPERTS} experts of {D} x {F}, forward, backward and optimiser, on {CLUSTER['nodes']} "
         f"nodes of {CLUSTER['ranks']} ranks, {CLUSTER['bandwidth']}, {CLUSTER['latency']} ({mode}). "
-        f"{len(PHASES)} phases of {steps} steps, {passes} times; in turns with each phase the static plans on "
+        f"{len(PHASES)} phases of {steps} steps, {passes} times; in turns with them the static plans on "
         f"the same kind of tokens. Seconds of one pass. All ranks share two cores. Calibration took "
         f"{found['calibration_seconds']:.1f} s, once, and is not counted.",
         "",

@@ -21,8 +21,9 @@ from flexpert.core.plan import ExecutionPlan
 
 from .agree import agree, default_store, default_timeout, versions
 from .all_to_all import Linear
+from .bounded import bounded
 from .group import Group
-from .heartbeat import Heartbeat, heartbeat_for
+from .heartbeat import Heartbeat, heartbeat_for, heartbeat_of
 from .hierarchical import Hierarchical
 from .launch import warn_of_stale_store
 from .pending import failure
@@ -237,12 +238,14 @@ def expert_mesh(
 
 def _new_group(members: Sequence[int], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
     # Only the members take part: meshes over parts of the world need not know of each other.
+    def make() -> object:
+        return dist.new_group(list(members), timeout=timeout, backend=backend, use_local_synchronization=True)
+
     try:
-        group = dist.new_group(
-            list(members), timeout=timeout, backend=backend, use_local_synchronization=True
-        )
-    except RuntimeError as error:
-        raise failure(f"making a group of ranks {tuple(members)} failed", error, None) from error
+        group = bounded(make, timeout)
+    except (RuntimeError, TimeoutError) as error:
+        what = f"making a group of ranks {tuple(members)} failed"
+        raise failure(what, error, heartbeat_of(members)) from error
     assert isinstance(group, dist.ProcessGroup), "this rank is a member"
     return group
 

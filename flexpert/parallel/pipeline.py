@@ -18,10 +18,10 @@ from torch import Tensor
 
 from flexpert import ops
 
-from .all_to_all import Splits
 from .codec import CODECS
 from .mesh import Algorithm
 from .pending import named
+from .splits import Splits, chunk_of, segments
 from .timeline import active_timeline
 from .timers import phase
 
@@ -78,20 +78,6 @@ def run(exchange: Exchange, rows_ND: Tensor, weights: Sequence[Tensor]) -> Tenso
     """The experts' results (N, O) for rows grouped by expert, wherever the experts are."""
     y_NO: Tensor = _Run.apply(exchange, rows_ND, *weights)
     return y_NO
-
-
-def chunk_of(counts: Tensor, chunk: int, degree: int) -> tuple[Tensor, Tensor]:
-    """(first, count) of a chunk's rows in segments of `counts` rows."""
-    first = counts * chunk // degree
-    return first, counts * (chunk + 1) // degree - first
-
-
-def segments(starts: Tensor, lengths: Tensor) -> Tensor:
-    """int64: starts[0] .. starts[0] + lengths[0] - 1, then those of the next segment, and so on."""
-    starts, lengths = starts.reshape(-1), lengths.reshape(-1)
-    before = lengths.cumsum(0) - lengths
-    index = torch.repeat_interleave(starts - before, lengths)
-    return index + torch.arange(index.shape[0])
 
 
 class _Run(torch.autograd.Function):

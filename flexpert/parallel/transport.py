@@ -16,12 +16,13 @@ from flexpert.core.plan import AnyPlan, ExecutionPlan, check_plan
 from flexpert.core.routing import AnyRouting, CapacityRouting
 from flexpert.dispatch import gather
 
-from .all_to_all import Splits, all_reduce
 from .chooser import PlanChooser
+from .differentiable import all_reduce
 from .layout import check_bank, check_bank_allows
 from .mesh import ExpertMesh
 from .pending import named
 from .pipeline import Exchange, run
+from .splits import Splits
 from .switch import counts_by_rank, even_counts, starts_by_rank, weights_for
 from .timers import phase
 
@@ -145,7 +146,8 @@ class _Call:
         weights = weights_for(self.bank, mesh, plan.r, rows_ND.dtype, self.name)
         if plan.r == 0:
             with phase("experts", len(rows_ND)):
-                return _rows(_Bound(self.bank, None), rows_ND, counts_E, weights)
+                y_NO = _rows(_Bound(self.bank, None), rows_ND, counts_E, weights)
+            return y_NO if len(rows_ND) else _anchored(y_NO, weights)
         if not padded:
             return self._travel(rows_ND, counts_E, splits, weights)
         return self._travel_padded(rows_ND, counts_E, agreed, weights)
@@ -270,6 +272,14 @@ def _rows(bank: Any, rows_ND: Tensor, counts_E: Tensor, weights: dict[str, Tenso
     counts_E = counts_E.to(rows_ND.device)
     bound = () if weights is None else (weights,)
     y_NO: Tensor = bank.rows(rows_ND, unit_N, counts_E, *bound)
+    return y_NO
+
+
+def _anchored(y_NO: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """The same, of no rows; a bank that then calls no expert would leave the others alone in backward."""
+    for weight in weights.values():
+        if weight.requires_grad:
+            y_NO = y_NO + weight.flatten()[:0].sum().to(y_NO.dtype)
     return y_NO
 
 

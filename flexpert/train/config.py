@@ -18,6 +18,7 @@ from flexpert.core.plan import ExecutionPlan
 from flexpert.core.registry import check_options
 
 T = TypeVar("T")
+TASKS = ("vision", "language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +26,18 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        name: the data set; "fashion_mnist".
+        name: the data set; "fashion_mnist" for images, "python_source" for text.
         folder: where its files lie; None to find or fetch them.
         shift: random shift of training images, in pixels each way.
         flip: mirror half of the training images.
+        sequence_length: tokens of a text that are predicted together.
     """
 
     name: str = "fashion_mnist"
     folder: str | None = None
     shift: int = 2
     flip: bool = True
+    sequence_length: int = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,8 @@ class OptimizerConfig:
     """AdamW with a warm-up and a cosine to zero.
 
     Attributes:
-        batch_size: images in a step, of all ranks together.
-        epochs: passes over the training images; need not be whole.
+        batch_size: images or sequences in a step, of all ranks together.
+        epochs: passes over the training data; need not be whole.
         lr: peak learning rate.
         warmup: share of the steps in which it rises to the peak.
         weight_decay: on matrices; never on biases, norms and what the model names.
@@ -90,6 +93,7 @@ class TrainConfig:
     """One run.
 
     Attributes:
+        task: "vision" (images) or "language" (text).
         name: of the run's folder.
         output: the folder that holds the runs.
         seed: of weights, order, augmentation and noise.
@@ -105,6 +109,7 @@ class TrainConfig:
         parallel: how they share the model.
     """
 
+    task: str = "vision"
     name: str = "run"
     output: str = "runs"
     seed: int = 0
@@ -123,6 +128,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         o, p = self.optimizer, self.parallel
+        _require("task", self.task, self.task in TASKS, f"one of {', '.join(TASKS)}")
         _require("name", self.name, bool(self.name) and "/" not in self.name, "a name without '/'")
         for name, value in (("checkpoint_every", self.checkpoint_every), ("log_every", self.log_every)):
             _require(name, value, value >= 1, "an integer >= 1")
@@ -135,6 +141,12 @@ class TrainConfig:
         _require("parallel.dense", p.dense, p.dense in ("ddp", "fsdp"), "'ddp' or 'fsdp'")
         ExecutionPlan.from_dict(p.plan)  # raises for a field or value that no plan has
         _require("timeout", self.timeout, 0 < self.timeout < math.inf, "a number > 0")
+        _require(
+            "data.sequence_length",
+            self.data.sequence_length,
+            self.data.sequence_length >= 1,
+            "an integer >= 1",
+        )
         _require("data.shift", self.data.shift, self.data.shift >= 0, "an integer >= 0")
         _require("optimizer.batch_size", o.batch_size, o.batch_size >= 1, "an integer >= 1")
         _require(

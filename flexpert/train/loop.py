@@ -63,7 +63,8 @@ def fit(
     total = total_steps(task, config)
     began = time.perf_counter()
     mark = (start, began)
-    with CheckpointSaver(folder / "checkpoints", asynchronous=config.checkpoint_async) as saver:
+    saving = CheckpointSaver(folder / "checkpoints", asynchronous=config.checkpoint_async)
+    with saving as saver, ranks.timed(task.model, optimizer) as stragglers:
         for step in range(start, total):
             result = _step(task, ranks, optimizer, config, step, total)
             if balancer is not None:
@@ -72,23 +73,28 @@ def fit(
             done = step + 1
             if done % config.log_every == 0 or done == total:
                 now = time.perf_counter()
-                line = _line(
-                    ranks.figures(result),
-                    done=done,
-                    total=total,
-                    seconds=round(before + now - began, 3),
-                    lr=optimizer.param_groups[0]["lr"],
-                    tokens_per_second=round(task.tokens_per_step * (done - mark[0]) / (now - mark[1]), 1),
-                    **ranks.traffic(done - mark[0]),
-                )
-                if writer is not None:
-                    writer.write(done, line)
-                    report(line)
+                slow = stragglers.figures()
+                with stragglers.paused():
+                    line = _line(
+                        ranks.figures(result),
+                        done=done,
+                        total=total,
+                        seconds=round(before + now - began, 3),
+                        lr=optimizer.param_groups[0]["lr"],
+                        tokens_per_second=round(task.tokens_per_step * (done - mark[0]) / (now - mark[1]), 1),
+                        ranks=ranks.world.size,
+                        **ranks.traffic(done - mark[0]),
+                        **slow,
+                    )
+                    if writer is not None:
+                        writer.write(done, line)
+                        report(line)
                 mark = (done, now)
             if done % config.checkpoint_every == 0 or done == total:
                 seconds = before + time.perf_counter() - began
                 state: dict[str, Any] = {"seconds": seconds, "config": config.to_dict()}
-                saver.save(done, collect_state(task.model, optimizer), state)
+                with stragglers.paused():
+                    saver.save(done, collect_state(task.model, optimizer), state)
     return before + time.perf_counter() - began
 
 

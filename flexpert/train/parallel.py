@@ -27,16 +27,21 @@ from flexpert.parallel import (
     ExpertMesh,
     clip_grad_norm_,
     expert_mesh,
+    fault_guard,
     full_state_dict,
     groups_by_mesh,
     no_sync,
     parallelize,
+    time_phases,
 )
+from flexpert.parallel.agree import agree, default_store, default_timeout, versions
 from flexpert.parallel.differentiable import all_reduce
 from flexpert.parallel.group import Group
+from flexpert.parallel.heartbeat import Heartbeat, heartbeat_for
 from flexpert.parallel.state import accept_full_tensors
 
 from .config import ParallelConfig, TrainConfig
+from .stragglers import Stragglers
 from .task import StepResult
 from .world import World, process_group, read_world
 
@@ -84,6 +89,10 @@ class OneRank:
         """What to log of the experts' exchange in so many steps since the last call; every rank calls it."""
         return {}
 
+    def timed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Stragglers]:
+        """Around training: what tells slow ranks."""
+        return nullcontext(Stragglers())
+
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks, without gradient."""
         return values
@@ -107,6 +116,7 @@ class ManyRanks(OneRank):
 
     Attributes:
         mesh: of the experts, after `prepare`; None for a model without.
+        group: all ranks; after `prepare` it knows which of them are lost.
     """
 
     def __init__(
@@ -115,12 +125,13 @@ class ManyRanks(OneRank):
         super().__init__(world, device)
         self.layout = ParallelConfig() if layout is None else layout
         self.mesh: ExpertMesh | None = None
+        self._dense_heartbeat: Heartbeat | None = None
         everyone = dist.group.WORLD
         if everyone is None:
             raise DistributedError("no process group is initialised; `join` makes one")
         nodes = [rank // world.local_size for rank in range(world.size)]
-        self._group = Group("all ranks", range(world.size), everyone, nodes)
-        self.all_reduce = lambda values: all_reduce(values, self._group)
+        self.group = Group("all ranks", range(world.size), everyone, nodes)
+        self.all_reduce = lambda values: all_reduce(values, self.group)
 
     def prepare(self, model: nn.Module) -> None:
         """Lay the experts out over a mesh of the ranks and make the rest data parallel, in place.
@@ -139,6 +150,7 @@ class ManyRanks(OneRank):
             ranks_per_node=self.world.local_size,
             device=self.device.type,
         )
+        self.group.heartbeat = self.mesh.heartbeat
         plan = ExecutionPlan.from_dict(layout.plan)
         parallelize(model, self.mesh, dense=layout.dense, plan=plan, verify=layout.verify)
         self.mesh.traffic.reset()
@@ -178,10 +190,23 @@ class ManyRanks(OneRank):
         text = " ".join(f"{name}={value}" for name, value in plan.items())
         return {"plan": text, "bytes_inside": inside, "bytes_between": between}
 
+    @contextmanager
+    def timed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Stragglers]:
+        """Around training: what tells slow ranks, on CPU with experts.
+
+        A GPU computes behind the host's clock; without experts ranks wait only inside of DDP or FSDP, where
+        the wait cannot be told from work.
+        """
+        if self.mesh is None or self.device.type == "cuda":
+            yield Stragglers()
+            return
+        with time_phases(model, optimizer) as timers:
+            yield Stragglers(timers, self.mesh)
+
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks, without gradient."""
         total = values.detach().clone()
-        self._group.all_reduce(total)
+        self.group.all_reduce(total)
         return total
 
     def figures(self, result: StepResult) -> StepResult:
@@ -213,12 +238,21 @@ class ManyRanks(OneRank):
             raise DistributedError(f"rank 0 failed: {text}")
         return text
 
+    def close(self) -> None:
+        """Tell the other ranks that this one leaves; before the process group is destroyed."""
+        if self._dense_heartbeat is not None:
+            self._dense_heartbeat.stop()
+
     def _prepare_dense(self, model: nn.Module) -> None:
+        members, limit = self.group.ranks, default_timeout(self.device.type)
+        name = agree("dense job", versions(), members, limit)
+        self._dense_heartbeat = heartbeat_for(default_store(), members, None, name)
+        self.group.heartbeat = self._dense_heartbeat
         if self.layout.dense == "ddp":
             replicate(model)
             return
-        assert self._group.process_group is not None
-        mesh = DeviceMesh.from_group(self._group.process_group, self.device.type, mesh_dim_names=("rank",))
+        assert self.group.process_group is not None
+        mesh = DeviceMesh.from_group(self.group.process_group, self.device.type, mesh_dim_names=("rank",))
         fully_shard(model, mesh=mesh)
         accept_full_tensors(model)
 
@@ -227,8 +261,10 @@ class ManyRanks(OneRank):
 def join(config: TrainConfig) -> Iterator[OneRank]:
     """The ranks of a run that is started now: those of torchrun, else this process alone.
 
+    What fails on a rank inside the `with` ends it on all, see `fault_guard`.
+
     Raises:
-        DistributedError: an environment that cannot be, or ranks that do not meet.
+        DistributedError: an environment that cannot be, ranks that do not meet, or a rank that is lost.
     """
     world = read_world()
     if config.ranks not in (None, world.size):
@@ -243,7 +279,12 @@ def join(config: TrainConfig) -> Iterator[OneRank]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with process_group(world, device, backend=config.backend, timeout=config.timeout):
-        yield ManyRanks(world, device, config.parallel)
+        ranks = ManyRanks(world, device, config.parallel)
+        try:
+            with fault_guard(ranks.group):
+                yield ranks
+        finally:
+            ranks.close()
 
 
 def weighted(value: Tensor, weight: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,11 +9,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError
-from flexpert.core.stats import RoutingStats, reduce_stats
+from flexpert.core.stats import reduce_stats
 from flexpert.models.swinv2_moe import (
     SwinV2MoEConfig,
     SwinV2MoEForImageClassification,
@@ -25,6 +23,7 @@ from flexpert.scope import routing_scope
 
 from .config import TrainConfig
 from .data import ImageDataset, load_fashion_mnist
+from .figures import drop_rate, quieten_transformers, shares
 from .images import ImageBatches
 from .parallel import OneRank, weighted
 from .task import StepResult
@@ -53,6 +52,8 @@ class VisionTask:
         ranks: that share each batch and the test images; this process alone if not given.
     """
 
+    score = "accuracy"
+
     def __init__(
         self,
         config: TrainConfig,
@@ -61,7 +62,7 @@ class VisionTask:
     ) -> None:
         self.config = config
         self.ranks = OneRank(device=World().device(config.device)) if ranks is None else ranks
-        _quieten_transformers()
+        quieten_transformers()
         self.device = self.ranks.device
         self.dataset = load_dataset(config)
         self.model = build_model(config) if model is None else model
@@ -84,8 +85,13 @@ class VisionTask:
         Raises:
             CheckpointError: a damaged or foreign file.
         """
-        _quieten_transformers()
+        quieten_transformers()
         return cls(config, SwinV2MoEForImageClassification.from_pretrained(folder), ranks)
+
+    @property
+    def source(self) -> str:
+        """What is trained on, for people."""
+        return f"images from {self.dataset.source}"
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW."""
@@ -135,7 +141,7 @@ class VisionTask:
         counts = torch.tensor([correct, dropped, selected], dtype=torch.float64, device=self.device)
         correct, dropped, selected = self.ranks.total(counts).tolist()
         result = {"accuracy": correct / len(labels), "images": len(labels)}
-        return result | ({"drop_rate": dropped / selected} if selected else {})
+        return result | drop_rate(dropped, selected)
 
     def load(self, images: int = 2000) -> Mapping[str, list[float]]:
         """Share of the rows each expert computes on test images, by layer; empty for a dense model."""
@@ -146,7 +152,7 @@ class VisionTask:
         with torch.no_grad(), routing_scope(self.model) as scope:
             self._logits(chunk)
         stats = reduce_stats(scope.stats, self.ranks.total)
-        return {name: _shares(value) for (name, _), value in stats.items()}
+        return {name: shares(value) for (name, _), value in stats.items()}
 
     def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write the model: safetensors, config, card; as one process would, also where ranks share it."""
@@ -155,6 +161,15 @@ class VisionTask:
             with torch.device("meta"):
                 model = SwinV2MoEForImageClassification(config)
         model.save_pretrained(folder, state_dict=tensors)
+
+    def closing(self, folder: Path) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
+    @staticmethod
+    def headline(figures: Mapping[str, Any]) -> str:
+        """The figures of `evaluate` in a phrase."""
+        return f"accuracy {figures['accuracy']:.4f} on {figures['images']} test images"
 
     def _logits(self, images: Tensor) -> Tensor:
         bfloat16 = self.config.optimizer.dtype == "bfloat16"
@@ -172,13 +187,3 @@ def build_model(config: TrainConfig) -> SwinV2MoEForImageClassification:
     if "preset" not in settings:
         raise ConfigError("model.preset is missing; expected one of tiny, small, base")
     return SwinV2MoEForImageClassification(preset(settings.pop("preset"), **settings))
-
-
-def _quieten_transformers() -> None:
-    """Its progress bars are for terminals."""
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-
-
-def _shares(stats: RoutingStats) -> list[float]:
-    return (stats.load_E / stats.load_E.sum().clamp(min=1)).tolist()
