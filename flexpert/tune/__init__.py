@@ -1,6 +1,6 @@
 """Choosing execution plans: workloads, machines, the time and memory a plan takes, and the tuner."""
 
-from .attach import attach, cost_of, dictionary_path, digest_of
+from .attach import attach, cost_of, dictionary_path, digest_of, place_of
 from .bucket import Bucket
 from .cost import Cost, candidates, predict
 from .dictionary import Dictionary
@@ -28,5 +28,6 @@ __all__ = [
     "cost_of",
     "dictionary_path",
     "digest_of",
+    "place_of",
     "predict",
 ]

@@ -18,7 +18,7 @@ from flexpert.ops.cpu.build import cache_folder
 from flexpert.ops.cpu.processor import processor
 from flexpert.parallel import ExpertMesh, ExpertParallel
 from flexpert.parallel.agree import agree
-from flexpert.parallel.agreement import Ranks
+from flexpert.parallel.together import Ranks
 
 from .cost import candidates, predict
 from .dictionary import Dictionary
