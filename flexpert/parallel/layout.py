@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from flexpert.core.errors import ConfigError
 from flexpert.core.layout import ParamLayout
+from flexpert.core.plan import ExecutionPlan
 
 from .mesh import ExpertMesh
 from .meta import initial_part, knows_initial
@@ -137,3 +138,24 @@ def local_part(whole: Tensor, layout: ParamLayout, mesh: ExpertMesh) -> Tensor:
     if layout.slice_dim is not None:
         part = part.chunk(mesh.slices, dim=layout.slice_dim)[mesh.slice]
     return part.clone(memory_format=torch.contiguous_format)
+
+
+def check_bank_allows(plan: ExecutionPlan, bank: Any, name: str, mesh: ExpertMesh) -> None:
+    """Refuse a plan that a bank cannot run.
+
+    Raises:
+        ConfigError: what the bank lacks.
+    """
+    if plan.r > 1 and not bank.sliceable:
+        raise ConfigError(
+            f"{name}: plan r={plan.r} cuts experts into slices, which {type(bank).__name__} does not declare "
+            f"(sliceable=False); use r=0 or r=1"
+        )
+    if bank.row_independent:
+        return
+    together = mesh.whole.size == 1 or (plan.r == 1 and mesh.slices == 1 and plan.degree == 1)
+    if not together or mesh.replicas > 1:
+        raise ConfigError(
+            f"{name}: the results of {type(bank).__name__} depend on which rows come together "
+            f"(row_independent=False); such experts need r=1, degree=1, one slice and one replica"
+        )

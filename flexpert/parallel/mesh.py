@@ -121,6 +121,18 @@ class ExpertMesh:
         each = num_experts // self.expert_ranks
         return range(self.expert * each, (self.expert + 1) * each)
 
+    def extra_group(self, name: str) -> Group:
+        """A new group of all ranks of the mesh, whose collectives never meet those of training; all call it.
+
+        It runs on the host ("gloo"), and what it sends is not counted in `traffic`.
+
+        Raises:
+            DistributedError: a rank does not come.
+        """
+        members = self.everyone.ranks
+        process_group = _new_group(members, self.timeout, "gloo") if len(members) > 1 else None
+        return Group(name, members, process_group, self.everyone.node_of, heartbeat=self.heartbeat)
+
     def __repr__(self) -> str:
         return (
             f"ExpertMesh(experts={self.num_experts}, replica={self.replicas}, expert={self.expert_ranks}, "
@@ -225,10 +237,10 @@ def expert_mesh(
     return mesh
 
 
-def _new_group(members: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+def _new_group(members: Sequence[int], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
     # Only the members take part: meshes over parts of the world need not know of each other.
     def make() -> object:
-        return dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+        return dist.new_group(list(members), timeout=timeout, backend=backend, use_local_synchronization=True)
 
     try:
         group = bounded(make, timeout)

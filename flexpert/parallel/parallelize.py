@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from flexpert.core.errors import ConfigError, DistributedError
 from flexpert.core.layout import ParamLayout
-from flexpert.core.plan import ExecutionPlan
+from flexpert.core.plan import AnyPlan, ExecutionPlan
 
 from .gradients import GradientSync
 from .group import Group
@@ -35,7 +35,7 @@ def parallelize(
     dense: str | None = None,
     dense_mesh: DeviceMesh | None = None,
     mixed_precision: torch.dtype | None = None,
-    plan: ExecutionPlan | None = None,
+    plan: AnyPlan | None = None,
     verify: bool = True,
 ) -> nn.Module:
     """Lay every MoE layer of a model out over a mesh, and wrap the rest for data parallelism; in place.
@@ -54,7 +54,8 @@ def parallelize(
         dense_mesh: for the dense part, over the same ranks in any other factors; None: one axis of all.
         mixed_precision: dtype that "fsdp" computes in, parameters staying as they are (experts follow the
             dtype of their input); with "ddp" use autocast.
-        plan: for calls that bring none; None is `ExecutionPlan()`.
+        plan: for calls that bring none; None is `ExecutionPlan()`, "auto" leaves it to a tuner
+            (`flexpert.tune.attach`, after this).
         verify: compare what the ranks are about to do before rows travel; see `ExpertParallel`. Without it a
             padded plan needs equally many tokens on every rank where the router has a capacity: buffers must
             be of one size.

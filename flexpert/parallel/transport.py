@@ -13,12 +13,13 @@ from torch.func import functional_call
 
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError, DistributedError
-from flexpert.core.plan import ExecutionPlan
+from flexpert.core.plan import AnyPlan, ExecutionPlan, check_plan
 from flexpert.core.routing import AnyRouting, CapacityRouting
 from flexpert.dispatch import gather
 
+from .chooser import PlanChooser
 from .differentiable import all_reduce
-from .layout import check_bank
+from .layout import check_bank, check_bank_allows
 from .mesh import ExpertMesh
 from .pending import named
 from .pipeline import Exchange, run
@@ -35,14 +36,18 @@ class ExpertParallel:
     Args:
         name: of the layer's experts, for messages.
         mesh: the ranks.
-        plan: for calls that bring none.
+        plan: for calls that bring none; "auto" leaves it to `chooser`.
         verify: before rows travel, compare plan, layer and dtypes of all ranks, so that ranks that differ get
             an error instead of a deadlock. It costs nothing where counts travel anyway (ragged, r >= 1), and
             else a small exchange.
+
+    Attributes:
+        chooser: of the plans of "auto"; `flexpert.tune.attach` sets it. None: nobody chooses.
     """
 
-    def __init__(self, name: str, mesh: ExpertMesh, plan: ExecutionPlan, verify: bool = True) -> None:
+    def __init__(self, name: str, mesh: ExpertMesh, plan: AnyPlan, verify: bool = True) -> None:
         self.name, self.mesh, self.plan, self.verify = name, mesh, plan, verify
+        self.chooser: PlanChooser | None = None
         # Of the last few shapes: what small calls would else spend their time on.
         self.even_routes = lru_cache(maxsize=8)(self._even_routes)
 
@@ -65,7 +70,7 @@ class ExpertParallel:
         self.mesh.check(plan)
         for name, bank in experts.groups().items():
             if bank.remote:
-                _check_bank_allows(plan, bank, f"{self.name}.{name}" if name else self.name, self.mesh)
+                check_bank_allows(plan, bank, f"{self.name}.{name}" if name else self.name, self.mesh)
 
     def _even_routes(self, rows: int, num_experts: int, r: int, algorithm: str, degree: int) -> Routes:
         """Of buffers of `rows` rows for every expert."""
@@ -81,14 +86,14 @@ class ExpertParallel:
         routing: AnyRouting,
         experts: Any,
         combine: Any,
-        plan: ExecutionPlan | None = None,
+        plan: AnyPlan | None = None,
     ) -> Tensor:
         """The layer's output (T, O) in x's dtype, without shared experts."""
-        plan = self.plan if plan is None else plan
-        self.check(plan, experts)
-        rows_ND = combine.prepare(gather(x_TD, routing), routing)
         counts = routing.counts_E.tolist()
         capacity = routing.buffer_capacity if isinstance(routing, CapacityRouting) else None
+        plan = self._chosen(self.plan if plan is None else plan, counts, capacity, x_TD.shape[0])
+        self.check(plan, experts)
+        rows_ND = combine.prepare(gather(x_TD, routing), routing)
         parts, first_expert, first_row = [], 0, 0
         for name, bank in experts.groups().items():
             own = counts[first_expert : first_expert + bank.num_experts]
@@ -106,6 +111,24 @@ class ExpertParallel:
         )
         y_TO: Tensor = combine(rows_NO, routing, x_TD.dtype)
         return y_TO
+
+    def _chosen(self, plan: AnyPlan, counts: list[int], capacity: int | None, tokens: int) -> ExecutionPlan:
+        """The plan of a call.
+
+        Raises:
+            ConfigError: nobody is there to choose one.
+        """
+        if isinstance(plan, ExecutionPlan):
+            return plan
+        check_plan(plan)
+        if self.chooser is not None:
+            return self.chooser.plan_for(self.name, counts, capacity, tokens)
+        if self.mesh.everyone.size == 1:
+            return ExecutionPlan()
+        raise ConfigError(
+            f"{self.name}: plan='auto', but nobody chooses: call flexpert.tune.attach(model, tuner) on every "
+            f"rank after parallelize, or give an ExecutionPlan"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,36 +294,22 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _check_bank_allows(plan: ExecutionPlan, bank: Any, name: str, mesh: ExpertMesh) -> None:
-    if plan.r > 1 and not bank.sliceable:
-        raise ConfigError(
-            f"{name}: plan r={plan.r} cuts experts into slices, which {type(bank).__name__} does not declare "
-            f"(sliceable=False); use r=0 or r=1"
-        )
-    if bank.row_independent:
-        return
-    together = mesh.whole.size == 1 or (plan.r == 1 and mesh.slices == 1 and plan.degree == 1)
-    if not together or mesh.replicas > 1:
-        raise ConfigError(
-            f"{name}: the results of {type(bank).__name__} depend on which rows come together "
-            f"(row_independent=False); such experts need r=1, degree=1, one slice and one replica"
-        )
-
-
 def _widened(counts_Pe: Tensor, mesh: ExpertMesh) -> Tensor:
     """With zeros for experts that this bank has not: ranks in unlike layers send messages of one size."""
     most = max(mesh.num_experts // mesh.expert_ranks, counts_Pe.shape[1])
     return torch.nn.functional.pad(counts_Pe, (0, most - counts_Pe.shape[1]))
 
 
-def prepare(name: str, experts: Any, mesh: ExpertMesh, plan: ExecutionPlan, verify: bool) -> ExpertParallel:
+def prepare(name: str, experts: Any, mesh: ExpertMesh, plan: AnyPlan, verify: bool) -> ExpertParallel:
     """The transport of a layer whose bank fits the mesh and allows the default plan.
 
     Raises:
         ConfigError: it does not.
     """
     name = f"{name}.experts" if name else "experts"
+    check_plan(plan)
     check_bank(name, experts, mesh)
     transport = ExpertParallel(name, mesh, plan, verify)
-    transport.check(plan, experts)
+    if isinstance(plan, ExecutionPlan):
+        transport.check(plan, experts)
     return transport

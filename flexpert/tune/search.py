@@ -121,6 +121,7 @@ class Search:
 
     Attributes:
         candidates: those that may run, best prediction first (after `first`).
+        hints: those of them that may run.
         samples: measurements in order.
     """
 
@@ -139,7 +140,7 @@ class Search:
         self.candidates = [c for c in ordered if c.predicted <= bound]
         self.candidates.sort(key=lambda c: c.plan != first)
         self._place = {c.plan: i for i, c in enumerate(self.candidates)}
-        self._hints = [self._place[plan] for plan in hints if plan in self._place]
+        self.hints = [plan for plan in hints if plan in self._place]
         self.samples: list[Sample] = []
         self._standing: Standing | None = None
 
@@ -251,7 +252,7 @@ class Search:
                 low += third + 1
         best, *others = sorted(values, key=lambda r: values[r])
         rivals = [first_of[r] for r in others if values[r] <= values[best] + self.half_width(_PER_R)]
-        self._halve(standing, [*self._pool(best), *rivals[:1], *self._hints])
+        self._halve(standing, [*self._pool(best), *rivals[:1], *(self._place[plan] for plan in self.hints)])
 
     def _pool(self, r: int) -> list[int]:
         """The model's favourites with this r."""
