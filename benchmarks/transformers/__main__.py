@@ -163,7 +163,7 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     return (
         f"Tokens per second, medians of {facts['rounds']} rounds in turns, on {facts['cpu']} with "
         f"{facts['threads']} threads, PyTorch {facts['torch']}, transformers {facts['transformers']}. "
-        f"Models: 4 layers, D 512; 8 experts of F 1792, top-2; 64 of F 256, top-8; 128 of F 192, top-8.\n\n"
+        f"Models: 3 layers, D 512; 8 experts of F 1792, top-2; 64 of F 256, top-8; 128 of F 192, top-8.\n\n"
         f"{table(rows)}\n\n"
         f"Training is forward, backward and SGD on 512 tokens (batched_mm: 32, as it copies the weights of "
         f"every choice; a step of more than {SLOW:.0f} s is measured once); decoding is one step with a KV "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from flexpert import ConfigError, InputError, RoutingContext
-from flexpert.integrations.transformers import RouterProbe, bias_balancer
+from flexpert.integrations.transformers import RouterProbe, bias_balancer, enable
 from flexpert.integrations.transformers.bias import find_bias
 from flexpert.integrations.transformers.blocks import blocks_of
 from flexpert.testing import assert_close
@@ -89,6 +90,25 @@ def test_every_router(name):
     for t in range(13):
         shares = share_N[:rows][routing.unit_N[:rows] == t]
         assert torch.allclose(shares, shares[:1].expand_as(shares), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LongcatFlashMoE", "Step3p7SparseMoeBlock"])
+def test_blocks_whose_experts_do_not_use_the_interface(name):
+    """They keep their own implementation, and have a bias that nothing updates."""
+    folder = {"LongcatFlashMoE": "longcat_flash", "Step3p7SparseMoeBlock": "step3p7"}[name]
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    block = build_block(getattr(module, name))
+    balancer = bias_balancer(block, rate=0.5)
+    with RouterProbe(block) as probe:
+        block(torch.randn(1, 13, D, generator=torch.Generator().manual_seed(0)))
+    (stats,) = probe.stats.values()
+    assert stats.selected_E.sum() == 26
+    balancer.observe(probe.stats)
+    balancer.step()
+    (bias,) = [value for key, value in block.state_dict().items() if "bias" in key and value.dim() == 1][:1]
+    assert bias.unique().numel() > 1
+    with pytest.raises(ConfigError, match="do not use the interface of transformers"):
+        enable(block)
 
 
 def test_the_exceptions_are_not_stale():
