@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import tempfile
 import time
 import zlib
@@ -67,20 +68,20 @@ def calibrate(
     world = dist.get_world_size() if dist.is_initialized() else 1
     mesh = expert_mesh(world, ranks_per_node=ranks_per_node, heartbeat=0)
     watch = Stopwatch(mesh, repeats)
-    processors = _processors(watch, mesh)
+    found = {dtype: _rate(watch, DTYPES[dtype], model_dim, hidden_dim) for dtype in dtypes}
+    processors = _processors(statistics.median(slower for _, slower in found.values()), world)
     contention = max(1.0, world / processors) if processors else 1.0
-    rates = {dtype: _rate(watch, DTYPES[dtype], model_dim, hidden_dim) for dtype in dtypes}
     bandwidth = 2 * 2**24 / watch.alone([probes.copy(2**24)])[0]
-    overheads = _overheads(watch, model_dim, DTYPES[dtypes[0]], bandwidth)
+    overheads = _overheads(watch, model_dim, DTYPES[dtypes[0]])
     links = _Links(mesh, watch, contention).measure() if world > 1 else _one_rank(bandwidth)
     facts = _facts(mesh) | {"seconds": round(time.perf_counter() - began, 1)}
     machine = Machine(
         name=name or f"{facts['cpu']}, {facts['nodes']} x {facts['ranks_per_node']} ranks",
         inside=links["inside"],
         between=links["between"],
-        rates=rates,
+        rates={dtype: rate for dtype, (rate, _) in found.items()},
         memory_bandwidth=bandwidth,
-        overheads=Overheads(**overheads, collective=links["collective"]),
+        overheads=Overheads(**overheads, collective=links["collective"], relay=links["relay"]),
         processors=processors,
         sharing=world,
         overlap=links["overlap"],
@@ -91,33 +92,37 @@ def calibrate(
     return _agreed(mesh, machine)
 
 
-def _processors(watch: Stopwatch, mesh: ExpertMesh) -> float | None:
-    """How many ranks can compute at once as fast as one alone; None: all of them."""
-    call = probes.products(torch.float32, 256, 512, [256])[0][0]
-    alone, together = watch.alone([call])[0], watch.together([call])[0]
-    world = mesh.everyone.size
-    found = world * alone / together
-    return None if found > 0.9 * world else max(1.0, found)
-
-
-def _rate(watch: Stopwatch, dtype: torch.dtype, model_dim: int, hidden_dim: int) -> Rate:
-    """Of one rank alone."""
+def _rate(watch: Stopwatch, dtype: torch.dtype, model_dim: int, hidden_dim: int) -> tuple[Rate, float]:
+    """(rates of one rank alone, how many times as long they take where all ranks compute at once)."""
     pairs = probes.products(dtype, model_dim, hidden_dim, ROWS)
-    forward = watch.alone([pair[0] for pair in pairs], 3)
-    backward = watch.alone([pair[1] for pair in pairs], 3)
-    flops = 4 * model_dim * hidden_dim
+    calls = [pair[side] for side in range(2) for pair in pairs]
+    times, together = watch.alone(calls, 3), watch.together(calls, 3)
+    slower = sum(together) / sum(times)
+    flops, number = 4 * model_dim * hidden_dim, len(ROWS)
+    forward, backward = times[:number], times[number:]
     # A rank may be interrupted: more rows never take less time.
-    for times in (forward, backward):
-        for i in reversed(range(len(times) - 1)):
-            times[i] = min(times[i], times[i + 1])
-    return Rate(
+    for side in (forward, backward):
+        for i in reversed(range(number - 1)):
+            side[i] = min(side[i], side[i + 1])
+    rate = Rate(
         rows=ROWS,
         forward=tuple(n * flops / t for n, t in zip(ROWS, forward, strict=True)),
         backward=tuple(2 * n * flops / t for n, t in zip(ROWS, backward, strict=True)),
     )
+    return rate, slower
 
 
-def _overheads(watch: Stopwatch, model_dim: int, dtype: torch.dtype, bandwidth: float) -> dict[str, float]:
+def _processors(slower: float, world: int) -> float | None:
+    """How many ranks can compute at once as fast as one alone; None: all of them.
+
+    Emulated nodes are one machine, which cannot have more than its cores.
+    """
+    most = os.cpu_count() if "FLEXPERT_EMULATE" in os.environ else None
+    found = min(world / max(slower, 1e-9), most or world)
+    return None if found > 0.9 * world else max(1.0, found)
+
+
+def _overheads(watch: Stopwatch, model_dim: int, dtype: torch.dtype) -> dict[str, float]:
     """Of one rank alone: a layer with next to no products, tiny and large, whole and in chunks."""
     few, many = 16, 2048
     tiny = probes.OneRankLayer(few, model_dim, 8, 4, dtype)
@@ -180,7 +185,7 @@ class _Links:
             ),
         }
         links: dict[str, Link] = {}
-        found: dict[str, Any] = {"collective": collective, "overlap": 1.0}
+        found: dict[str, Any] = {"collective": collective, "relay": self._relay(), "overlap": 1.0}
         ratio = 1.0
         for name, group, local in (("inside", self.inside, 1), ("between", self.mesh.whole, self.local)):
             if getattr(self, name).size == 1:
@@ -229,6 +234,19 @@ class _Links:
             values.append(max(0.0, seconds - latency["between" if between else "inside"]) / self.contention)
         collective, near, far = nonnegative(equations, values)
         return collective, {"inside": near, "between": far}
+
+    def _relay(self) -> float:
+        """By which a hierarchical exchange of a rank alone takes longer than its messages."""
+        if self.local == 1 or self.nodes == 1:
+            return 0.0
+        whole, *phases = self.watch.together(
+            [
+                probes.hierarchical(self.mesh),
+                probes.exchange(self.inside, SMALL),
+                probes.exchange(self.between, SMALL),
+            ]
+        )
+        return max(0.0, whole - sum(phases)) / self.contention
 
     def _bandwidth(self, group: Any, fixed: float, share: float) -> tuple[float, float, int]:
         """(bytes per second of one exchange, of four at once, bytes that a rank sent)."""
@@ -285,7 +303,14 @@ def nonnegative(equations: list[list[float]], values: list[float]) -> list[float
 def _one_rank(bandwidth: float) -> dict[str, Any]:
     """Of a world of one, which sends nothing."""
     link = Link(latency=0.0, bandwidth=bandwidth)
-    return {"inside": link, "between": link, "collective": 0.0, "overlap": 1.0, "reduce_scatter": 1.0}
+    return {
+        "inside": link,
+        "between": link,
+        "collective": 0.0,
+        "relay": 0.0,
+        "overlap": 1.0,
+        "reduce_scatter": 1.0,
+    }
 
 
 def _facts(mesh: ExpertMesh) -> dict[str, Any]:
