@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.23")
-
 from flexpert import ConfigError
 from flexpert.integrations.transformers import RouterProbe, attach_balance
 from flexpert.testing import assert_close
-from tests.integrations.transformers.models import build, tokens
+from tests.integrations.transformers.models import build, checkpoint, tokens
 
 
 def test_adds_the_weighted_mean_and_its_gradient():
@@ -37,7 +35,7 @@ def test_micro_batches_weigh_as_one_batch(checkpointed):
     """Each is divided by the items of all, as the Trainer does it."""
     model, ids = build("mixtral").train(), tokens(4)
     if checkpointed:
-        model.activation_checkpointing_enable()
+        checkpoint(model)
     attached = attach_balance(model, weight=0.1, scope="sequence")
     weight = model.model.layers[1].mlp.gate.weight
     gradients = []

@@ -8,9 +8,6 @@ import weakref
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="5.23")
-
 from transformers import AutoModelForCausalLM
 
 from flexpert import ConfigError, InputError
