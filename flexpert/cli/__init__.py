@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import flexpert
 from flexpert.core.errors import FlexpertError
 
-from . import bench, build, doctor, emulate, evaluate, train
+from . import bench, build, convert, doctor, emulate, evaluate, train
 
-COMMANDS = (train, evaluate, bench, emulate, build, doctor)
+COMMANDS = (train, evaluate, convert, bench, emulate, build, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:
