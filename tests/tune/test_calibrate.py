@@ -10,7 +10,8 @@ import torch
 from flexpert.core.errors import ConfigError
 from flexpert.testing import run_ranks
 from flexpert.tune import Machine
-from flexpert.tune.calibrate import calibrate, machine_file, nonnegative, store
+from flexpert.tune.calibrate import calibrate, machine_file, store
+from flexpert.tune.links import nonnegative
 from tests.tune.cases import machine_of
 
 
