@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from flexpert import MoE, MoEConfig
+from flexpert.ops import memory as reuse
 from flexpert.parallel import ExecutionPlan, expert_mesh, groups_by_mesh, parallelize
 from flexpert.tune import LayerShape, Workload
 from flexpert.tune.memory import memory_of
@@ -23,7 +24,8 @@ PLANS = (
     ExecutionPlan(r=1, algorithm="2dh"),
     ExecutionPlan(r=1, capacity="padded"),
 )
-DIMS = ((512, 1024, 2048, False), (256, 1024, 8192, False), (256, 768, 4096, True))
+DIMS = ((512, 1024, 2048, False), (256, 768, 4096, True))
+CASES = [(plan, dims) for plan in PLANS for dims in DIMS]
 
 
 def mib(key: str) -> float:
@@ -32,37 +34,31 @@ def mib(key: str) -> float:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
 
-def peak_of_step(case: int) -> list[dict[str, Any]]:
-    """The plan of a case in each layer: MiB of parameters, gradients, moments and one step at its peak."""
-    # Every tensor worth counting has pages of its own, which return when it is freed.
+def peak_of_step(case: int) -> dict[str, Any]:
+    """MiB of parameters, gradients, moments and a step at its peak, in a process that did nothing before."""
+    # Every tensor worth counting has pages of its own, which return when it is freed; those that the
+    # operators keep for the next call would be counted although the system may take them.
     ctypes.CDLL(None).mallopt(-3, 32 * 1024)
-    plan = PLANS[case]
-    rows = []
+    reuse._enabled = False
+    plan, (model_dim, hidden_dim, tokens, gated) = CASES[case]
     mesh = expert_mesh(2, ranks_per_node=2)
-    _step(mesh, plan, 32, 64, 64, False)  # what is set up once
-    for model_dim, hidden_dim, tokens, gated in DIMS:
-        measured, predicted, parts = _step(mesh, plan, model_dim, hidden_dim, tokens, gated)
-        table = torch.empty(dist.get_world_size(), dtype=torch.float64)
-        dist.all_gather_single(table, torch.tensor([measured], dtype=torch.float64))
-        rows.append(
-            {
-                "plan": f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity}"
-                f", D {model_dim}, F {hidden_dim}{', gated' if gated else ''}",
-                "tokens": tokens,
-                "measured_mib": float(table.max()),
-                "predicted_mib": predicted,
-                "parts": {name: size / 2**20 for name, size in parts.items()},
-            }
-        )
-    return rows
-
-
-peak_of_step.CASES = len(PLANS)
+    _step(mesh, plan, 32, 64, 64, gated)  # what is set up once
+    measured, parts = _step(mesh, plan, model_dim, hidden_dim, tokens, gated)
+    table = torch.empty(dist.get_world_size(), dtype=torch.float64)
+    dist.all_gather_single(table, torch.tensor([measured], dtype=torch.float64))
+    words = f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity}"
+    return {
+        "plan": f"{words}, D {model_dim}, F {hidden_dim}{', gated' if gated else ''}",
+        "tokens": tokens,
+        "measured_mib": float(table.max()),
+        "predicted_mib": sum(parts.values()) / 2**20,
+        "parts": {name: size / 2**20 for name, size in parts.items()},
+    }
 
 
 def _step(
     mesh: Any, plan: ExecutionPlan, model_dim: int, hidden_dim: int, tokens: int, gated: bool
-) -> tuple[float, float, dict[str, int]]:
+) -> tuple[float, dict[str, int]]:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = mib("VmRSS")
@@ -76,22 +72,19 @@ def _step(
     optimizer = torch.optim.AdamW(groups, fused=True)
     torch.manual_seed(dist.get_rank())
     x = torch.randn(tokens, model_dim).requires_grad_()
-    info = None
-    for step in range(2):
+    for _ in range(2):
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM from now on
         y, info = layer(x, plan=plan, return_info=True)
-        y.backward(torch.ones_like(y)) if step else y.backward(torch.ones_like(y))
+        y.backward(torch.ones_like(y))
         optimizer.step()
         peak = mib("VmHWM")
         counts = info.routing.counts_E.contiguous()
         del y, info
         x.grad = None
-        if not step:
-            optimizer.zero_grad(set_to_none=False)
     rows_PE = torch.empty(mesh.whole.size, mesh.num_experts, dtype=torch.int64)
     mesh.whole.all_gather(rows_PE.view(-1), counts)
     shape = LayerShape.of(mesh, layer.experts)
     parts = memory_of(shape, plan, Workload(rows_PE=rows_PE, tokens=tokens))
-    return peak - before, sum(parts.values()) / 2**20, parts
+    return peak - before, parts

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import flexpert
 from flexpert.core.errors import FlexpertError
 
-from . import bench, build, doctor, emulate, evaluate, generate, train, tune
+from . import bench, build, calibrate, doctor, emulate, evaluate, generate, train, tune
 
-COMMANDS = (train, evaluate, generate, bench, emulate, tune, build, doctor)
+COMMANDS = (train, evaluate, generate, bench, emulate, calibrate, tune, build, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

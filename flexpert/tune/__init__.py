@@ -5,7 +5,7 @@ from .bucket import Bucket
 from .cost import Cost, candidates, predict
 from .dictionary import Dictionary
 from .log import PlanLog
-from .machine import Link, Machine, Rate
+from .machine import Link, Machine, Overheads, Rate
 from .search import Limits
 from .tuner import Tuner, TunerSettings
 from .workload import LayerShape, Workload
@@ -18,6 +18,7 @@ __all__ = [
     "Limits",
     "Link",
     "Machine",
+    "Overheads",
     "PlanLog",
     "Rate",
     "Tuner",

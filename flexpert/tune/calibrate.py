@@ -6,8 +6,8 @@ Letters: W ranks, N nodes, L ranks of each.
 from __future__ import annotations
 
 import json
-import math
 import os
+import statistics
 import tempfile
 import time
 import zlib
@@ -23,13 +23,12 @@ from flexpert.ops.cpu.build import cache_folder
 from flexpert.parallel.mesh import ExpertMesh, expert_mesh
 
 from . import probes
+from .links import Links
 from .machine import Link, Machine, Overheads, Rate
 from .probes import Stopwatch
 from .workload import DTYPES
 
 ROWS = (1, 8, 32, 128, 512, 2048)
-SMALL, MEDIUM = 256, 64 * 1024  # bytes of a message that costs its latency alone, and of a rank's exchange
-SECONDS = 0.25  # that the large exchange may take
 
 
 def calibrate(
@@ -54,7 +53,7 @@ def calibrate(
         the machine, equal on all ranks.
 
     Raises:
-        ConfigError: an unknown dtype or a number below 1.
+        ConfigError: an unknown dtype, a number below 1, or nodes with unequal numbers of ranks.
         DistributedError: no process group is initialised, or a rank is gone.
     """
     for dtype in dtypes:
@@ -67,20 +66,20 @@ def calibrate(
     world = dist.get_world_size() if dist.is_initialized() else 1
     mesh = expert_mesh(world, ranks_per_node=ranks_per_node, heartbeat=0)
     watch = Stopwatch(mesh, repeats)
-    processors = _processors(watch, mesh)
+    found = {dtype: _rate(watch, DTYPES[dtype], model_dim, hidden_dim) for dtype in dtypes}
+    processors = _processors(statistics.median(slower for _, slower in found.values()), world)
     contention = max(1.0, world / processors) if processors else 1.0
-    rates = {dtype: _rate(watch, DTYPES[dtype], model_dim, hidden_dim) for dtype in dtypes}
     bandwidth = 2 * 2**24 / watch.alone([probes.copy(2**24)])[0]
-    overheads = _overheads(watch, model_dim, DTYPES[dtypes[0]], bandwidth)
-    links = _Links(mesh, watch, contention).measure() if world > 1 else _one_rank(bandwidth)
+    overheads = _overheads(watch, model_dim, DTYPES[dtypes[0]])
+    links = Links(mesh, watch, contention).measure() if world > 1 else _one_rank(bandwidth)
     facts = _facts(mesh) | {"seconds": round(time.perf_counter() - began, 1)}
     machine = Machine(
         name=name or f"{facts['cpu']}, {facts['nodes']} x {facts['ranks_per_node']} ranks",
         inside=links["inside"],
         between=links["between"],
-        rates=rates,
+        rates={dtype: rate for dtype, (rate, _) in found.items()},
         memory_bandwidth=bandwidth,
-        overheads=Overheads(**overheads, collective=links["collective"]),
+        overheads=Overheads(**overheads, collective=links["collective"], relay=links["relay"]),
         processors=processors,
         sharing=world,
         overlap=links["overlap"],
@@ -91,33 +90,37 @@ def calibrate(
     return _agreed(mesh, machine)
 
 
-def _processors(watch: Stopwatch, mesh: ExpertMesh) -> float | None:
-    """How many ranks can compute at once as fast as one alone; None: all of them."""
-    call = probes.products(torch.float32, 256, 512, [256])[0][0]
-    alone, together = watch.alone([call])[0], watch.together([call])[0]
-    world = mesh.everyone.size
-    found = world * alone / together
-    return None if found > 0.9 * world else max(1.0, found)
-
-
-def _rate(watch: Stopwatch, dtype: torch.dtype, model_dim: int, hidden_dim: int) -> Rate:
-    """Of one rank alone."""
+def _rate(watch: Stopwatch, dtype: torch.dtype, model_dim: int, hidden_dim: int) -> tuple[Rate, float]:
+    """(rates of one rank alone, how many times as long they take where all ranks compute at once)."""
     pairs = probes.products(dtype, model_dim, hidden_dim, ROWS)
-    forward = watch.alone([pair[0] for pair in pairs], 3)
-    backward = watch.alone([pair[1] for pair in pairs], 3)
-    flops = 4 * model_dim * hidden_dim
+    calls = [pair[side] for side in range(2) for pair in pairs]
+    times, together = watch.alone(calls, 3), watch.together(calls, 3)
+    slower = sum(together) / sum(times)
+    flops, number = 4 * model_dim * hidden_dim, len(ROWS)
+    forward, backward = times[:number], times[number:]
     # A rank may be interrupted: more rows never take less time.
-    for times in (forward, backward):
-        for i in reversed(range(len(times) - 1)):
-            times[i] = min(times[i], times[i + 1])
-    return Rate(
+    for side in (forward, backward):
+        for i in reversed(range(number - 1)):
+            side[i] = min(side[i], side[i + 1])
+    rate = Rate(
         rows=ROWS,
         forward=tuple(n * flops / t for n, t in zip(ROWS, forward, strict=True)),
         backward=tuple(2 * n * flops / t for n, t in zip(ROWS, backward, strict=True)),
     )
+    return rate, slower
 
 
-def _overheads(watch: Stopwatch, model_dim: int, dtype: torch.dtype, bandwidth: float) -> dict[str, float]:
+def _processors(slower: float, world: int) -> float | None:
+    """How many ranks can compute at once as fast as one alone; None: all of them.
+
+    Emulated nodes are one machine, which cannot have more than its cores.
+    """
+    most = os.cpu_count() if "FLEXPERT_EMULATE" in os.environ else None
+    found = min(world / max(slower, 1e-9), most or world)
+    return None if found > 0.9 * world else max(1.0, found)
+
+
+def _overheads(watch: Stopwatch, model_dim: int, dtype: torch.dtype) -> dict[str, float]:
     """Of one rank alone: a layer with next to no products, tiny and large, whole and in chunks."""
     few, many = 16, 2048
     tiny = probes.OneRankLayer(few, model_dim, 8, 4, dtype)
@@ -155,137 +158,17 @@ def _overheads(watch: Stopwatch, model_dim: int, dtype: torch.dtype, bandwidth: 
     return {key: max(0.0, value) for key, value in found.items()}
 
 
-class _Links:
-    """The links of the ranks, from exchanges inside nodes, between them, and among all."""
-
-    def __init__(self, mesh: ExpertMesh, watch: Stopwatch, contention: float) -> None:
-        hierarchical: Any = mesh.algorithms["2dh"]
-        self.mesh, self.watch, self.contention = mesh, watch, contention
-        self.inside, self.between = hierarchical.inside, hierarchical.between
-        self.local, self.nodes = self.inside.size, self.between.size
-
-    def measure(self) -> dict[str, Any]:
-        """Both links, and what belongs to none."""
-        latency = self._latency()
-        collective, messages = self._messages(latency)
-        fixed = {
-            "inside": latency["inside"]
-            + self.contention * (collective + messages["inside"] * (self.local - 1)),
-            "between": latency["between"]
-            + self.contention
-            * (
-                collective
-                + messages["inside"] * (self.local - 1)
-                + messages["between"] * self.local * (self.nodes - 1)
-            ),
-        }
-        links: dict[str, Link] = {}
-        found: dict[str, Any] = {"collective": collective, "overlap": 1.0}
-        ratio = 1.0
-        for name, group, local in (("inside", self.inside, 1), ("between", self.mesh.whole, self.local)):
-            if getattr(self, name).size == 1:
-                continue
-            others = (group.size - local) / group.size  # of what a rank sends goes over this link
-            bandwidth, several, size = self._bandwidth(group, fixed[name], others * local)
-            step, ring, ratio = self._ring(group, size)
-            links[name] = Link(
-                latency=latency[name],
-                bandwidth=bandwidth,
-                per_message=messages[name],
-                step=step,
-                ring_bandwidth=ring,
-                concurrency=max(1.0, several / bandwidth),
-            )
-            found["overlap"] = self._overlap(group, size)
-        only = next(iter(links.values()))
-        return found | {
-            "inside": links.get("inside", only),
-            "between": links.get("between", only),
-            "reduce_scatter": ratio,
-        }
-
-    def _latency(self) -> dict[str, float]:
-        """One way, of two ranks of each group."""
-        found = {"inside": 0.0, "between": 0.0}
-        for name in found:
-            group = getattr(self, name)
-            if group.size == 1:
-                continue
-            found[name] = self.watch.together([probes.ping(group)])[0] / 2
-        return found
-
-    def _messages(self, latency: dict[str, float]) -> tuple[float, dict[str, float]]:
-        """(seconds of a collective, of each message by link) of a rank alone, from tiny exchanges."""
-        equations, values = [], []
-        groups = [
-            (self.inside, self.local - 1, 0),
-            (self.between, 0, self.nodes - 1),
-            (self.mesh.whole, self.local - 1, self.local * (self.nodes - 1)),
-        ]
-        groups = [group for group in groups if group[0].size > 1]
-        times = self.watch.together([probes.exchange(group, SMALL) for group, _, _ in groups])
-        for (_, inside, between), seconds in zip(groups, times, strict=True):
-            equations.append([1.0, float(inside), float(between)])
-            values.append(max(0.0, seconds - latency["between" if between else "inside"]) / self.contention)
-        collective, near, far = nonnegative(equations, values)
-        return collective, {"inside": near, "between": far}
-
-    def _bandwidth(self, group: Any, fixed: float, share: float) -> tuple[float, float, int]:
-        """(bytes per second of one exchange, of four at once, bytes that a rank sent)."""
-        size = MEDIUM
-        while True:
-            seconds = self.watch.together([probes.exchange(group, size)], 1)[0]
-            if seconds > SECONDS / 2 or size >= 2**22:
-                break
-            size = min(2**22, size * max(2, int(SECONDS / max(seconds, 1e-6) / 1.5)))
-        one, four = self.watch.together(
-            [probes.exchange(group, size), probes.exchange(group, size // 4, 4)], 3
-        )
-        wire = [math.sqrt(max(t * t - (n * fixed) ** 2, (t / 2) ** 2)) for t, n in ((one, 1), (four, 1))]
-        return share * size / wire[0], share * size / wire[1], size
-
-    def _ring(self, group: Any, size: int) -> tuple[float, float, float]:
-        """(seconds of a step, bytes per second, time of a reduce-scatter over that of an all-gather)."""
-        part = max(1024, size // group.size)
-        tiny, gathered, scattered = self.watch.together(
-            [probes.gather(group, 64), probes.gather(group, part), probes.reduce_scatter(group, part)], 3
-        )
-        steps = group.size - 1
-        moved = steps * part / max(gathered - tiny, gathered / 2)
-        return tiny / steps, moved, max(1.0, scattered / gathered)
-
-    def _overlap(self, group: Any, size: int) -> float:
-        """The share of the shorter of products and an exchange that hides behind the longer."""
-        forward = probes.products(torch.float32, 256, 1024, [256])[0][0]
-        send = probes.exchange(group, size)
-        computes, sends = self.watch.together([forward, send], 3)
-        times = max(1, round(sends / computes))
-
-        def compute() -> None:
-            for _ in range(times):
-                forward()
-
-        alone, both = self.watch.together([compute, probes.during(group, size, compute)], 3)
-        return min(1.0, max(0.0, (alone + sends - both) / min(alone, sends)))
-
-
-def nonnegative(equations: list[list[float]], values: list[float]) -> list[float]:
-    """The least-squares solution without negative numbers: what would be negative is 0."""
-    matrix = torch.tensor(equations, dtype=torch.float64)
-    free = matrix.abs().sum(0) > 0
-    while True:
-        solution = torch.zeros(matrix.shape[1], dtype=torch.float64)
-        target = torch.tensor(values, dtype=torch.float64)[:, None]
-        solution[free] = torch.linalg.lstsq(matrix[:, free], target, driver="gelsd").solution[:, 0]
-        if (solution >= 0).all():
-            return [float(value) for value in solution]
-        free = free & (solution > 0)
-
-
 def _one_rank(bandwidth: float) -> dict[str, Any]:
     """Of a world of one, which sends nothing."""
     link = Link(latency=0.0, bandwidth=bandwidth)
-    return {"inside": link, "between": link, "collective": 0.0, "overlap": 1.0, "reduce_scatter": 1.0}
+    return {
+        "inside": link,
+        "between": link,
+        "collective": 0.0,
+        "relay": 0.0,
+        "overlap": 1.0,
+        "reduce_scatter": 1.0,
+    }
 
 
 def _facts(mesh: ExpertMesh) -> dict[str, Any]:
@@ -340,3 +223,15 @@ def store(machine: Machine, path: Path | None = None) -> Path:
         file.write(machine.to_json())
     Path(file.name).replace(path)
     return path
+
+
+def stored(mesh: ExpertMesh, dtype: str) -> Machine | None:
+    """The machine that was stored for such ranks, with the rates of a dtype; None where there is none.
+
+    A damaged file is none: measuring anew is cheap.
+    """
+    try:
+        machine = Machine.from_json(machine_file(_facts(mesh)).read_text(encoding="utf-8"))
+    except (OSError, ConfigError):
+        return None
+    return machine if dtype in machine.rates else None

@@ -89,7 +89,8 @@ class Clock:
             math.hypot(degree * self._messages(0, self.nodes - 1), between) + self._latency(True),
         ]
         moved = 2 * float((there.inside_W + there.between_W).double().mean())
-        return sum(phases) + self.copy(2 * moved)
+        relays = self.everyone(degree * machine.overheads.relay) if self.shape.ranks > 1 else 0.0
+        return sum(phases) + self.copy(2 * moved) + relays
 
     def collective(self, transfer: Transfer, group_W: Tensor, passes: float) -> float:
         """All-gather, reduce-scatter or all-reduce as a ring; `passes` times the steps of an all-gather.
@@ -117,7 +118,7 @@ class Clock:
         return passes * steps * link.step + rings * size / bandwidth
 
     def optimizer(self) -> float:
-        """AdamW on a rank's experts: parameters, gradients and moments are read, all but gradients written."""
+        """AdamW on a rank's experts: four tensors are read, and all but the gradients written."""
         return self.copy(7 * sum(part.numel * part.itemsize for part in self.shape.parts))
 
     def _messages(self, inside: int, between: int) -> float:

@@ -100,6 +100,7 @@ class Overheads:
         token, token_backward: of the router, for each token.
         row, row_backward: of gathering, sorting and combining, for each byte of a row.
         collective: of issuing one collective and waiting for it.
+        relay: of a hierarchical exchange, over its messages: sorting rows for its second phase.
     """
 
     call: float = 0.0
@@ -111,6 +112,7 @@ class Overheads:
     row: float = 0.0
     row_backward: float = 0.0
     collective: float = 0.0
+    relay: float = 0.0
 
     def __post_init__(self) -> None:
         names = tuple(f.name for f in dataclasses.fields(self))

@@ -133,6 +133,14 @@ def exchange(group: Group, size: int, flights: int = 1) -> Call:
     return call
 
 
+def hierarchical(mesh: ExpertMesh) -> Call:
+    """An exchange of a few rows by way of the ranks of the node."""
+    algorithm, world = mesh.algorithms["2dh"], mesh.whole.size
+    splits = algorithm.known(torch.ones(world, world, 1, dtype=torch.int64))
+    rows = torch.ones(world, 16)
+    return lambda: algorithm.start(rows, splits).wait()
+
+
 def during(group: Group, size: int, compute: Call) -> Call:
     """An all-to-all under way while something is computed."""
     each = max(1, size // (4 * group.size))
