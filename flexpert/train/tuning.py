@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,9 +24,8 @@ from flexpert.tune import (
     cost_of,
     dictionary_path,
     digest_of,
-    place_of,
 )
-from flexpert.tune.calibrate import calibrate
+from flexpert.tune.calibrate import calibrate, store, stored
 
 _log = logging.getLogger("flexpert")
 
@@ -134,13 +132,10 @@ def make_tuning(
 def _machine(mesh: ExpertMesh, dtype: torch.dtype, ranks: Ranks) -> Machine:
     """The machine of these ranks: the one measured before, else measured now."""
     name = str(dtype).removeprefix("torch.")
-    path = dictionary_path(mesh, {"what": "machine", "dtype": name, "place": place_of(mesh)})
 
     def read() -> str:
-        try:
-            return Machine.from_json(path.read_text(encoding="utf-8")).to_json()
-        except (OSError, ConfigError):
-            return ""
+        machine = stored(mesh, name)
+        return "" if machine is None else machine.to_json()
 
     text = ranks.first(read)
     if text:
@@ -148,12 +143,5 @@ def _machine(mesh: ExpertMesh, dtype: torch.dtype, ranks: Ranks) -> Machine:
     if ranks.rank == 0:
         _log.info("measuring the ranks' machine, once, for the tuner")
     machine = calibrate(dtypes=(name,), ranks_per_node=mesh.ranks_per_node)
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.name}.tmp")
-        fresh.write_text(json.dumps(machine.to_dict(), indent=1) + "\n", encoding="utf-8")
-        fresh.replace(path)
-
-    ranks.first(write)
+    ranks.first(lambda: str(store(machine)))
     return machine

@@ -223,3 +223,15 @@ def store(machine: Machine, path: Path | None = None) -> Path:
         file.write(machine.to_json())
     Path(file.name).replace(path)
     return path
+
+
+def stored(mesh: ExpertMesh, dtype: str) -> Machine | None:
+    """The machine that was stored for such ranks, with the rates of a dtype; None where there is none.
+
+    A damaged file is none: measuring anew is cheap.
+    """
+    try:
+        machine = Machine.from_json(machine_file(_facts(mesh)).read_text(encoding="utf-8"))
+    except (OSError, ConfigError):
+        return None
+    return machine if dtype in machine.rates else None

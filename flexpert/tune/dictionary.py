@@ -105,14 +105,14 @@ class Dictionary:
             if own is None or own.rank() < entry.rank():
                 self.entries[key] = entry
 
-    def nearest(self, shape: LayerShape, bucket: Bucket) -> list[ExecutionPlan]:
-        """The winners of the two most similar buckets whose searches are over."""
+    def nearest(self, shape: LayerShape, bucket: Bucket) -> list[Search]:
+        """The searches of the two most similar buckets, of those that are over."""
         known = [
-            (bucket.distance(b), b, e.search.plan)
+            (bucket.distance(b), b, e.search)
             for (s, b), e in self.entries.items()
             if s == shape and e.search.settled
         ]
-        return list(dict.fromkeys(plan for _, _, plan in sorted(known, key=lambda k: k[:2])[:2]))
+        return [search for _, _, search in sorted(known, key=lambda k: k[:2])[:2]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is its inverse."""

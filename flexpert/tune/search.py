@@ -54,10 +54,10 @@ class Limits:
         ConfigError: a number out of range.
     """
 
-    trials: int = 24
-    worst: float = 3.0
-    near: float = 1.5
-    pool: int = 8
+    trials: int = 16
+    worst: float = 2.0
+    near: float = 1.3
+    pool: int = 6
     noise: float = 0.03
     confidence: float = 2.0
 
@@ -196,6 +196,14 @@ class Search:
             self._standing = _fold(self.samples, self.limits.noise)
         return self._standing
 
+    def errors(self) -> dict[ExecutionPlan, float]:
+        """How many times as long as predicted each measured plan took, beside the first choice."""
+        first = self.candidates[0].predicted
+        return {
+            self.candidates[i].plan: math.exp(self.standing.score(i)) * first / self.candidates[i].predicted
+            for i in {*self.standing.scores, self.standing.leader}
+        }
+
     def half_width(self, count: int) -> float:
         """Of the confidence interval of a score from so many measurements."""
         return self.limits.confidence * self.standing.noise * math.sqrt(1 / max(count, 1) + 1 / _WINDOW)
@@ -332,3 +340,15 @@ def _fold(samples: Sequence[Sample], least_noise: float) -> Standing:
 
 def _percent(log_ratio: float) -> str:
     return f"{100 * math.expm1(abs(log_ratio)):.1f} %"
+
+
+def corrected(candidates: Sequence[Candidate], errors: dict[ExecutionPlan, float]) -> list[Candidate]:
+    """The candidates with the errors of a similar search taken out of their predictions.
+
+    Plans that were not measured there err as those with the same r did, in the median.
+    """
+    by_r: dict[int, list[float]] = {}
+    for plan, error in errors.items():
+        by_r.setdefault(plan.r, []).append(error)
+    usual = {r: statistics.median(values) for r, values in by_r.items()}
+    return [Candidate(c.plan, c.predicted * errors.get(c.plan, usual.get(c.plan.r, 1.0))) for c in candidates]

@@ -29,7 +29,7 @@ from .drift import Drift
 from .gather import Gatherer, News, Seen
 from .log import PlanLog, Plans
 from .report import report
-from .search import Candidate, Limits, Search, describe
+from .search import Candidate, Limits, Search, corrected, describe
 from .workload import LayerShape, Workload
 
 _log = logging.getLogger("flexpert")
@@ -328,13 +328,16 @@ class Tuner:
         return next(iter(self.layers.values())).shape.world
 
     def _entry(self, name: str, key: Key) -> None:
-        """Make the search of a bucket that was not met before."""
+        """Make the search of a bucket that was not met before, wiser by what similar ones found."""
         if key in self.dictionary.entries:
             return
         layer, seen = self.layers[name], self._known[name]
         workload = workload_of(layer.shape, seen)
         found = [Candidate(plan, self._cost(layer.shape, plan, workload)) for plan in layer.plans]
-        hints = self.dictionary.nearest(*key)
+        similar = self.dictionary.nearest(*key)
+        if similar:
+            found = corrected(found, similar[0].errors())
+        hints = list(dict.fromkeys(search.plan for search in similar))
         entry = Entry(Search(found, self.settings.limits, hints))
         self.dictionary.touch(entry)
         self.dictionary.entries[key] = entry

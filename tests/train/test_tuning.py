@@ -51,7 +51,8 @@ def test_plans_are_tuned_by_default_and_the_run_goes_on(tmp_path, tiny_fashion_m
     assert read_metrics(run)[-1]["plan"].startswith("r=")
     known = Dictionary.read(run / "tuner.json")
     assert known.entries
-    assert len(list((tmp_path / "cache" / "tune").glob("*.json"))) == 2  # the machine, and the dictionary
+    assert len(list((tmp_path / "cache" / "tune").glob("*.json"))) == 1
+    assert len(list((tmp_path / "cache" / "machines").glob("*.json"))) == 1
     assert not (static / "plans.jsonl").exists()
 
     shutil.rmtree(max((run / "checkpoints").glob("step-*")))  # as if killed after step 9

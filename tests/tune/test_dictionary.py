@@ -67,7 +67,9 @@ def test_the_nearest_buckets_give_their_winners():
     dictionary = make([1, 10])
     other = make([2], steps=3)  # its search is not over: it knows nothing yet
     dictionary.merge(other)
-    assert dictionary.nearest(SHAPE, Bucket(rows=2)) == [PLANS[1]]
+    near, far = dictionary.nearest(SHAPE, Bucket(rows=2))
+    assert near is dictionary.entries[SHAPE, Bucket(rows=1)].search
+    assert near.plan == far.plan == PLANS[1]
     assert Dictionary(PLACE, 128).nearest(SHAPE, Bucket(rows=2)) == []
     assert Bucket(rows=2).distance(Bucket(rows=3)) < Bucket(rows=2).distance(Bucket(rows=9))
     assert Bucket(rows=2).distance(Bucket(rows=2, skew=2)) == 2
@@ -139,7 +141,7 @@ def test_no_file_is_no_fault(tmp_path):
 
 def test_buckets():
     assert Bucket.of([10, 20, 30, 40], 4, None, 10) == Bucket(rows=2, capacity=-1, skew=1)
-    assert Bucket.of([10, 10, 10, 10], 4, 16, 10) == Bucket(rows=1, capacity=1, skew=0)
+    assert Bucket.of([10, 10, 10, 10], 4, 5, 10) == Bucket(rows=1, capacity=1, skew=0)
     assert Bucket.of([0, 0, 0, 40], 4, None, 10).skew == 2
     assert Bucket.of([0, 0], 4, None) == Bucket(rows=0)
     assert Bucket.from_dict(Bucket(rows=3, capacity=2, skew=1).to_dict()) == Bucket(

@@ -42,10 +42,11 @@ def test_the_best_plan_wins_in_each_bucket(searched):
     _, report, _ = searched[0][0]
     assert [bucket["winner"] for bucket in report["buckets"]] == ["r=1 degree=2 linear ragged"] * 2
     assert all(bucket["settled"] for bucket in report["buckets"])
-    assert all("faster than the first choice" in bucket["why"] for bucket in report["buckets"])
+    assert "faster than the first choice" in report["buckets"][0]["why"]
+    assert "the first choice stood" in report["buckets"][1]["why"]  # the model's error is known by then
     assert report["trials"] == sum(bucket["trials"] for bucket in report["buckets"])
     first, second = report["buckets"]
-    assert second["trials"] <= first["trials"]  # the first one's winner is tried early
+    assert second["trials"] < first["trials"]
 
 
 def test_two_layers_share_what_they_learn():
