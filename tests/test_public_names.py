@@ -63,6 +63,7 @@ NAMES = {
         "ModuleExperts",
         "PackableBank",
         "SharedExpert",
+        "StackedModules",
         "ZeroExperts",
         "build_experts",
         "build_shared",

@@ -40,13 +40,12 @@ __all__ = [
     "use_backend",
 ]
 
-_assign = OPERATORS.assign.default
 _gather_rows = OPERATORS.gather_rows.default
 _grouped_linear = OPERATORS.grouped_linear.default
 _scatter_combine = OPERATORS.scatter_combine.default
 _OPERATORS = {
     name: getattr(OPERATORS, name).default
-    for name in ("grouped_mlp", "grouped_mlp_packed", "route", "router_logits")
+    for name in ("assign", "grouped_mlp", "grouped_mlp_packed", "route", "router_logits")
 }
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -89,7 +88,8 @@ def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tu
     """
     if (whole := override()) is not None:
         return whole.assign(key_N, num_bins, capacity_B)
-    return _assign(key_N, num_bins, capacity_B)
+    order_N, counts_B = _call("assign", key_N, num_bins, capacity_B)
+    return order_N, counts_B
 
 
 def route(

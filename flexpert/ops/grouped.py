@@ -12,7 +12,7 @@ from torch import Tensor
 from .activations import get_activation, hidden_backward, hidden_forward
 from .bags import wide
 from .portable import assign
-from .products import slack
+from .products import is_transposed, slack
 
 
 def _expert_of_rows(counts_E: Tensor, size: int) -> Tensor:
@@ -144,7 +144,8 @@ def grouped_linear_backward(
     if needs[0]:
         d_rows = _only(live, _product(grad, _of_slots(w_SFD, slot_E), offsets))
     if needs[1]:
-        d_w = _to_slots(_outer(grad, rows, offsets), slot_E, slots).contiguous()
+        d_w = _to_slots(_outer(grad, rows, offsets), slot_E, slots)
+        d_w = d_w.mT.contiguous().mT if is_transposed(w_SFD) else d_w.contiguous()
     if needs[2]:
         d_b = _to_slots(_bias_gradient(grad, counts_E), slot_E, slots)
     return d_rows, d_w, d_b

@@ -15,7 +15,7 @@ from torch import Tensor
 from flexpert.core.errors import FlexpertError
 
 from . import select
-from .products import slack
+from .products import is_transposed, slack
 
 _SCHEMAS = {
     "assign": "(Tensor key, SymInt num_bins, Tensor? capacity) -> (Tensor, Tensor)",
@@ -113,7 +113,10 @@ def _(rows: Tensor, w: Tensor, b: Tensor | None, counts: Tensor, slot: Tensor | 
 def _(
     grad: Tensor, rows: Tensor, w: Tensor, counts: Tensor, slot: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, ...]:
-    return _asked(rows, [rows.shape, w.shape, w.shape[:2]], needs, [rows.dtype] * 3)
+    d_rows, d_w, d_b = _asked(rows, [rows.shape, w.shape, w.shape[:2]], needs, [rows.dtype] * 3)
+    if needs[1] and is_transposed(w):
+        d_w = torch.empty_like(w.mT, dtype=rows.dtype).mT
+    return d_rows, d_w, d_b
 
 
 @_fake("scatter_combine")

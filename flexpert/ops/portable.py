@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .bags import sum_rows, wide
 from .memory import empty
-from .products import outer_product, pad_rows, row_product, segments, slack
+from .products import is_transposed, outer_product, pad_rows, row_product, segments, slack
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,9 @@ def grouped_linear_backward(
     """Gradients of (rows, w, b); an empty tensor for those not asked for."""
     nothing, spare = rows_ND.new_empty(0), slack(rows_ND.dtype)
     d_rows = empty(rows_ND, (len(rows_ND) + spare, rows_ND.shape[1])) if needs[0] else nothing
-    d_w = empty(w_SFD, w_SFD.shape) if needs[1] else nothing
+    turned = is_transposed(w_SFD)
+    d_w = empty(w_SFD, w_SFD.mT.shape if turned else w_SFD.shape) if needs[1] else nothing
+    d_w = d_w.mT if turned and needs[1] else d_w
     d_b = w_SFD.new_zeros(w_SFD.shape[:2]) if needs[2] else nothing
     seen: set[int] = set()
     for slot, start, stop in segments(counts_E, slot_E, absent=True):

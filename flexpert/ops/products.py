@@ -87,3 +87,8 @@ def outer_product(a_NM: Tensor, b_NK: Tensor, out_MK: Tensor, accumulate: bool) 
         out_MK.addmm_(a_NM.t(), b_NK)
     else:
         torch.mm(a_NM.t(), b_NK, out=out_MK)
+
+
+def is_transposed(w: Tensor) -> bool:
+    """Whether each matrix of a stack lies transposed in memory, whose gradient then does so as well."""
+    return w.mT.is_contiguous() and not w.is_contiguous()

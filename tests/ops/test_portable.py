@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from flexpert import ops
 from flexpert.ops import reference
+from flexpert.testing import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {
@@ -61,6 +62,28 @@ def test_grouped_linear(make_case, assert_same, shape, dtype):
         got,
         want,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_linear_of_transposed_weights_has_a_gradient_that_lies_as_they_do(dtype):
+    torch.manual_seed(0)
+    counts_E, slot_E = torch.tensor([3, 0, 4, 2]), torch.tensor([0, 1, 0, 2])
+    stored = torch.randn(3, 6, 5).to(dtype).requires_grad_()  # (slots, in, out)
+    rows = torch.randn(9, 6).to(dtype)
+    y = ops.grouped_linear(rows, stored.mT, None, counts_E, slot_E)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert stored.grad is not None
+    assert stored.grad.is_contiguous()
+    op = torch.ops.flexpert.grouped_linear_backward
+    w, needs = stored.detach().mT, [True, True, True]
+    assert op(grad, rows, w, counts_E, slot_E, needs)[1].mT.is_contiguous()
+    torch.library.opcheck(op, (grad, rows, w, counts_E, slot_E, needs))
+    want = torch.zeros(3, 6, 5, dtype=torch.float64)
+    for i, expert in enumerate(torch.arange(4).repeat_interleave(counts_E)):
+        want[slot_E[expert]] += torch.outer(rows[i].double(), grad[i].double())
+        assert_close(y[i], rows[i].double() @ stored[slot_E[expert]].double())
+    assert_close(stored.grad, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

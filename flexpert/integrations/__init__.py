@@ -1,0 +1,1 @@
+"""Flexpert inside other libraries: one package for each, imported only by those who use it."""
