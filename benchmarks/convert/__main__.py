@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -168,7 +169,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     dense, glob, batch, train = {"smollm2": smollm2, "swinv2": swinv2}[options.model]()
-    facts = {"command": f"python -m benchmarks.convert {options.model}", "torch": torch.__version__}
+    facts = {
+        "command": shlex.join(["python", "-m", "benchmarks.convert", *sys.argv[1:]]),
+        "torch": torch.__version__,
+    }
     rows = []
     for name, method in METHODS.items():
         rows.append({"method": name, **measure(dense, method, glob, batch, train, options.steps)})
