@@ -11,10 +11,11 @@ results/<model>.json and .md beside this file.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import shlex
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexpert import routing_scope
-from flexpert.convert import Clone, Granular, Importance, Slice, convert, to_dense
+from flexpert.convert import Clone, Granular, Importance, Method, Slice, convert, to_dense
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results")
@@ -37,8 +37,8 @@ METHODS = {
 Batch = dict[str, Tensor]
 
 
-def smollm2() -> tuple[Callable[[], nn.Module], str, Batch, Batch]:
-    """How to load the model, its MLPs, a batch to compare on and one to train on: of the licence's text."""
+def smollm2() -> tuple[nn.Module, str, Batch, Batch]:
+    """The model, its MLPs, a batch to compare on and one to train on: of the licence's text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from flexpert.models.smollm2 import smollm2 as fetch
@@ -46,16 +46,16 @@ def smollm2() -> tuple[Callable[[], nn.Module], str, Batch, Batch]:
     folder = fetch()
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False).input_ids
-    compare, train = ids[:, :512], ids[:, 512:640]
+    compare, train = ids[:, :256], ids[:, 256:384]
     return (
-        lambda: AutoModelForCausalLM.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
         "model.layers.*.mlp",
         {"input_ids": compare, "labels": compare},
         {"input_ids": train, "labels": train},
     )
 
 
-def swinv2() -> tuple[Callable[[], nn.Module], str, Batch, Batch]:
+def swinv2() -> tuple[nn.Module, str, Batch, Batch]:
     """The same of a dense tiny SwinV2, which is trained first."""
     from flexpert.models import SwinV2MoEForImageClassification
     from flexpert.train.config import DataConfig, load_config
@@ -63,16 +63,17 @@ def swinv2() -> tuple[Callable[[], nn.Module], str, Batch, Batch]:
     from flexpert.train.images import ImageBatches
     from flexpert.train.job import train
 
-    folder = Path(tempfile.mkdtemp(prefix="flexpert-"))
-    settings = ["model.num_experts=0", "optimizer.epochs=0.43", f"output={folder}", "name=dense"]
-    result = train(load_config(ROOT / "configs/fashion_mnist.yaml", settings))
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ["model.num_experts=0", "optimizer.epochs=0.43", f"output={folder}", "name=dense"]
+        result = train(load_config(ROOT / "configs/fashion_mnist.yaml", settings))
+        model = SwinV2MoEForImageClassification.from_pretrained(Path(folder) / "dense" / "model")
     print(f"the dense SwinV2 has an accuracy of {result['accuracy']:.4f}", file=sys.stderr)
     dataset = load_fashion_mnist()
     batches = ImageBatches(dataset, DataConfig(), image_size=32, batch_size=64, seed=0)
     images, labels = batches.evaluation(dataset.test_images[:256]), dataset.test_labels[:256]
     more, more_labels = batches.train(0)
     return (
-        lambda: SwinV2MoEForImageClassification.from_pretrained(folder / "dense" / "model"),
+        model,
         "*.blocks.*.intermediate",
         {"pixel_values": images, "labels": labels},
         {"pixel_values": more, "labels": more_labels},
@@ -104,9 +105,8 @@ def losses(model: nn.Module, batch: Batch, steps: int) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     values = []
     for _ in range(steps):
-        with routing_scope(model):
-            loss = model.eval()(**batch).loss
-            loss.backward()
+        loss = model.eval()(**batch).loss
+        loss.backward()
         values.append(float(loss.detach()))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -115,35 +115,28 @@ def losses(model: nn.Module, batch: Batch, steps: int) -> list[float]:
 
 
 def measure(
-    load: Callable[[], nn.Module], glob: str, batch: Batch, train: Batch, steps: int
-) -> list[dict[str, Any]]:
-    """A row for each method."""
-    rows = []
-    for name, method in METHODS.items():
-        row: dict[str, Any] = {"method": name}
-        for dtype in (torch.float32, torch.bfloat16):
-            short, model = str(dtype).removeprefix("torch."), load().to(dtype)
-            want, loss = outputs(model, batch, dtype)
-            calibration = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in train.items()}]
-            report = convert(model, glob, method, calibration=calibration)
-            got, after = outputs(model, batch, dtype)
-            row[short] = {
-                "difference": difference(got, want),
-                "loss": [loss, after],
-                "kl": divergence(got, want),
-            }
-            if dtype is torch.float32:
-                row |= {"before": vars(report.before), "after": vars(report.after)}
-                row["layers"] = len(report.layers)
-                to_dense(model)
-                row["back"] = difference(outputs(model, batch, dtype)[0], want)
-                dense = losses(load(), train, 1)[0]
-                convert(model, glob, method, calibration=calibration)
-                row["training"] = {"dense": dense, "steps": losses(model, train, steps)}
-            del model
-        rows.append(row)
-        print(row, file=sys.stderr)
-    return rows
+    dense: nn.Module, method: Method, glob: str, batch: Batch, train: Batch, steps: int
+) -> dict[str, Any]:
+    """The figures of one method."""
+    row: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = copy.deepcopy(dense).to(dtype)
+        want, loss = outputs(model, batch, dtype)
+        calibration = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in train.items()}]
+        report = convert(model, glob, method, calibration=calibration)
+        got, after = outputs(model, batch, dtype)
+        row[str(dtype).removeprefix("torch.")] = {
+            "difference": difference(got, want),
+            "kl": divergence(got, want),
+            "loss": [loss, after],
+            "layer_difference": max(layer.difference for layer in report.layers.values()),
+        }
+    row |= {"layers": len(report.layers), "before": vars(report.before), "after": vars(report.after)}
+    start = outputs(dense, train, dtype)[1]
+    row["training"] = {"dense": start, "steps": losses(copy.deepcopy(model), train, steps)}
+    row["back_exact"] = to_dense(model).exact
+    row["back"] = difference(outputs(model, batch, dtype)[0], want)
+    return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -175,9 +168,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="training steps after the conversion")
     options = parser.parse_args()
     torch.manual_seed(0)
-    load, glob, batch, train = {"smollm2": smollm2, "swinv2": swinv2}[options.model]()
-    rows = measure(load, glob, batch, train, options.steps)
-    facts = {"command": f"python -m benchmarks.convert {options.model}", "torch": torch.__version__}
+    dense, glob, batch, train = {"smollm2": smollm2, "swinv2": swinv2}[options.model]()
+    facts = {
+        "command": shlex.join(["python", "-m", "benchmarks.convert", *sys.argv[1:]]),
+        "torch": torch.__version__,
+    }
+    rows = []
+    for name, method in METHODS.items():
+        rows.append({"method": name, **measure(dense, method, glob, batch, train, options.steps)})
+        print(rows[-1], file=sys.stderr, flush=True)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{options.model}.json"
     file.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
