@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from flexpert.core.config import MoEConfig, require_bool, require_number
-from flexpert.core.errors import ConfigError
+from flexpert.core.errors import ConfigError, InputError
 from flexpert.core.registry import check_options, keyword_names, split_spec, suggest
-from flexpert.core.routing import AnyRouting, DenseRouting
+from flexpert.core.routing import AnyRouting, DenseRouting, Routing
 
 from .dispatch import scatter
 
@@ -77,15 +77,38 @@ class Scaled(WeightedSum):
 
 
 class OnePlus(WeightedSum):
-    """y = sum of (1 + weight) * result: with weights at 0 the plain sum of a dense layer's slices."""
+    """y = sum of (1 + weight) * result: with weights at 0 the plain sum of a dense layer's slices.
+
+    Args:
+        logits: the choice's logit in place of its weight, so that a router of zeros adds nothing to the 1.
+    """
 
     plain = False
     needs_selection = True
 
+    def __init__(self, *, logits: bool = False) -> None:
+        super().__init__()
+        require_bool("logits", logits)
+        self.logits = logits
+
     def forward(self, rows_NO: Tensor, routing: AnyRouting, dtype: torch.dtype) -> Tensor:
-        """Outputs (T, O) in `dtype`."""
+        """Outputs (T, O) in `dtype`.
+
+        Raises:
+            InputError: `logits`, and the router has none.
+        """
         assert not isinstance(routing, DenseRouting)
-        return scatter(rows_NO, routing, dtype, 1 + routing.weight_N)
+        return scatter(
+            rows_NO, routing, dtype, 1 + (self._logit_N(routing) if self.logits else routing.weight_N)
+        )
+
+    def _logit_N(self, routing: Routing) -> Tensor:
+        if routing.logits_TE is None:
+            raise InputError(
+                "combine 'one_plus' with logits=True, and the router has no logits; use a linear one"
+            )
+        last = routing.num_experts - 1  # rows past the real ones belong to none and are never read
+        return routing.logits_TE[routing.unit_N, routing.expert_N().clamp(max=last)]
 
 
 COMBINES = {"sum": WeightedSum, "weighted_input": WeightedInput, "scaled": Scaled, "one_plus": OnePlus}

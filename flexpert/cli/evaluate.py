@@ -1,4 +1,4 @@
-"""`flexpert evaluate`: the accuracy of a saved run, also under another routing."""
+"""`flexpert evaluate`: the figures of a saved run on held-out data, also under another routing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from flexpert.train.config import parse_overrides
 
 NAME = "evaluate"
-HELP = "Measure a run's saved model on the test images, also with another top_k or capacity_factor."
+HELP = "Measure a run's saved model on held-out data, also with another top_k or capacity_factor."
 EXAMPLES = (
     "flexpert evaluate runs/fashion-mnist",
     "flexpert evaluate runs/fashion-mnist capacity_factor=0.5 top_k=2",
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Evaluate; accuracy, images, seconds and what was dropped."""
+    """Evaluate; the figures of the task, seconds and what was dropped."""
     from flexpert.train.job import evaluate
 
     return evaluate(options.run, parse_overrides(options.overrides))
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def describe(result: dict[str, Any]) -> str:
     """The figures as a line of text."""
-    text = f"accuracy {result['accuracy']:.4f} on {result['images']} images in {result['seconds']:.1f} s"
+    text = f"{result['headline']} in {result['seconds']:.1f} s"
     if result["routing"]:
         text += " with " + ", ".join(f"{key}={value}" for key, value in result["routing"].items())
     if "drop_rate" in result:

@@ -15,9 +15,10 @@ EXAMPLES = (
     "flexpert train configs/fashion_mnist.yaml",
     "flexpert train configs/fashion_mnist.yaml optimizer.epochs=2 seed=1 name=short",
     "flexpert train configs/fashion_mnist.yaml model.num_experts=0 name=dense-twin",
+    "flexpert train configs/python_lm.yaml",
     "flexpert train configs/fashion_mnist.yaml --resume",
     "flexpert train configs/fashion_mnist.yaml ranks=2 parallel.plan.degree=2",
-    "torchrun --nproc-per-node 2 -m flexpert.train configs/fashion_mnist.yaml",
+    "torchrun --nproc-per-node 2 --max-restarts 3 -m flexpert.train configs/fashion_mnist.yaml",
 )
 
 
@@ -47,12 +48,12 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def describe(result: dict[str, Any]) -> str:
     """The summary as text."""
-    run_folder = result["run"]
+    run_folder, text = result["run"], "sample" in result
     lines = [
         "",
-        f"test accuracy {result['accuracy']:.4f} on {result['images']} images, "
-        f"after {result['steps']} steps in {result['seconds'] / 60:.1f} minutes",
+        f"{result['headline']}, after {result['steps']} steps in {result['seconds'] / 60:.1f} minutes",
         "",
+        *(["a sample:", "", *(f"  {line}" for line in result["sample"].splitlines()), ""] if text else []),
         f"  model          {run_folder}/model   (safetensors, config.json, README.md)",
         f"  metrics        {run_folder}/metrics.jsonl, {run_folder}/tensorboard",
         f"  settings       {run_folder}/config.yaml",
@@ -60,6 +61,7 @@ def describe(result: dict[str, Any]) -> str:
         *(f"  plot           {path}" for path in result["plots"]),
         "",
         "try next:",
+        *([f"  flexpert generate {run_folder} --prompt 'import '"] if text else []),
         f"  flexpert evaluate {run_folder}",
         f"  flexpert evaluate {run_folder} capacity_factor=0.5 top_k=2",
         f"  tensorboard --logdir {run_folder}/tensorboard",

@@ -43,10 +43,6 @@ class RoutingStats:
         """Dropped share of all assignments."""
         return self.dropped / self.selected_E.sum().clamp(min=1)
 
-    def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> RoutingStats:
-        """The statistics of the whole batch on every rank that has a part of it; see `reduce_stats`."""
-        return reduce_stats({0: self}, all_reduce)[0]
-
 
 @torch.no_grad()
 def reduce_stats(

@@ -1,6 +1,6 @@
 """Recipes: whole models with MoE layers, thin on top of existing backbones. Needs the extra `vision`.
 
-Importing this room makes SwinV2-MoE known to the Auto classes of `transformers`.
+Importing this room makes its models known to the Auto classes of `transformers`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ except ImportError as error:
         "flexpert.models needs the package transformers: pip install 'flexpert[vision]'"
     ) from error
 
+from .moe_lm import MoELanguageForCausalLM, MoELanguageModel, MoELanguageOutput
+from .moe_lm_config import MoELanguageConfig, language_preset
 from .swinv2_moe import (
     SwinV2MoEConfig,
     SwinV2MoEForImageClassification,
@@ -23,10 +25,15 @@ from .swinv2_moe import (
 )
 
 __all__ = [
+    "MoELanguageConfig",
+    "MoELanguageForCausalLM",
+    "MoELanguageModel",
+    "MoELanguageOutput",
     "SwinV2MoEConfig",
     "SwinV2MoEForImageClassification",
     "SwinV2MoEModel",
     "SwinV2MoEOutput",
+    "language_preset",
     "no_weight_decay",
     "parameter_groups",
     "preset",

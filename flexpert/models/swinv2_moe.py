@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.models.swinv2.modeling_swinv2 import (
@@ -20,12 +17,11 @@ from transformers.models.swinv2.modeling_swinv2 import (
     Swinv2Model,
 )
 
-from flexpert.core.config import MoEConfig
-from flexpert.core.errors import CheckpointError
-from flexpert.layer import MoE
 from flexpert.routers import LinearRouter
 
+from .collecting import CollectingMoE, LossCollector, none_of
 from .model_card import model_card
+from .pretrained import MoEPreTrained
 from .swinv2_moe_config import SwinV2MoEConfig, preset
 from .weight_decay import no_weight_decay, parameter_groups
 
@@ -52,48 +48,6 @@ class SwinV2MoEOutput(Swinv2ImageClassifierOutput):
     aux_loss: Tensor | None = None
 
 
-class _LossCollector:
-    """Where the layers of a model leave their losses while its forward runs.
-
-    Attributes:
-        calls: the losses of each call; None where nobody asks for them.
-        stand_in: the backbone computes an image in place of none; no token of it is to be routed.
-    """
-
-    def __init__(self) -> None:
-        self.calls: list[Mapping[str, Tensor]] | None = None
-        self.stand_in = False
-
-
-class _MoEInSwin(MoE):
-    """A MoE layer that also hands its losses to the model around it.
-
-    In training they are part of every call, so that activation checkpointing recomputes what it has seen.
-    """
-
-    def __init__(self, config: MoEConfig, collector: _LossCollector) -> None:
-        super().__init__(config)
-        self.collector = collector
-
-    def forward(self, x: Tensor, *, return_info: bool = False, **call: Any) -> Any:
-        """As of `MoE`; an image that stands in for none gets zeros."""
-        if not self.collector.stand_in:
-            return self._compute(x, return_info=return_info, **call)
-        result = self._compute(x[:0], return_info=return_info, **call)
-        y = result[0] if return_info else result
-        y = y.new_zeros(x.shape) + y.sum()  # with the graph of the call: its backward may be a collective
-        return (y, result[1]) if return_info else y
-
-    def _compute(self, x: Tensor, *, return_info: bool, **call: Any) -> Any:
-        calls = self.collector.calls
-        if not self.training and calls is None:
-            return super().forward(x, return_info=return_info, **call)
-        y, info = super().forward(x, return_info=True, **call)
-        if calls is not None:
-            calls.append(info.losses)
-        return (y, info) if return_info else y
-
-
 class SwinV2MoEModel(Swinv2Model):
     """Swin Transformer V2 with MoE layers in place of the MLPs that `SwinV2MoEConfig` names.
 
@@ -108,21 +62,21 @@ class SwinV2MoEModel(Swinv2Model):
 
     def __init__(self, config: SwinV2MoEConfig, **options: Any) -> None:
         super().__init__(config, **options)
-        self.collector = _LossCollector()
+        self.collector = LossCollector()
         stages = self.encoder.layers
         if not config.mlp_fc2_bias:
             for block in (block for stage in stages for block in stage.blocks):
                 block.output.dense.register_parameter("bias", None)
         for stage, place in config.moe_places():
             block = stages[stage].blocks[place]
-            block.intermediate = moe = _MoEInSwin(config.moe_layer(stage), self.collector)
+            block.intermediate = moe = CollectingMoE(config.moe_layer(stage), self.collector)
             if isinstance(moe.router, LinearRouter):
                 nn.init.normal_(moe.router.weight, std=config.moe_init_std)
             block.output = nn.Identity()
         self.post_init()
 
 
-class SwinV2MoEForImageClassification(Swinv2ForImageClassification):
+class SwinV2MoEForImageClassification(MoEPreTrained, Swinv2ForImageClassification):
     """`SwinV2MoEModel`, the mean over the last stage's tokens, and a linear classifier.
 
     Use it as any model of `transformers`: `save_pretrained`, `from_pretrained` and the Auto classes work.
@@ -131,6 +85,7 @@ class SwinV2MoEForImageClassification(Swinv2ForImageClassification):
     """
 
     config_class = SwinV2MoEConfig
+    fresh_head = "classifier."
 
     def __init__(self, config: SwinV2MoEConfig) -> None:
         super(Swinv2ForImageClassification, self).__init__(config)  # its own would build a dense backbone
@@ -162,21 +117,14 @@ class SwinV2MoEForImageClassification(Swinv2ForImageClassification):
             terms, unweighted; `weighted_balance_loss(scope.losses)` is then the same number.
         """
         collector = self.swinv2.collector
-        collector.calls = calls = [] if self.training or labels is not None else None
+        collector.calls = [] if self.training or labels is not None else None
         collector.stand_in = pixel_values is not None and pixel_values.shape[0] == 0
         try:
             base = self._classify(pixel_values, labels, **options)
+            terms = collector.terms()
         finally:
-            collector.calls, collector.stand_in = None, False
-        output = SwinV2MoEOutput(**base)
-        if calls:
-            name = self.config.balance_loss
-            terms = {name: torch.stack([losses[name] for losses in calls])}
-            output.aux_loss = self.weighted_balance_loss(terms)
-            if labels is not None:
-                output.loss = output.loss + output.aux_loss
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+            collector.reset()
+        return self.with_balance_loss(SwinV2MoEOutput(**base), terms, return_dict)
 
     def _classify(self, pixel_values: Tensor | None, labels: Tensor | None, **options: Any) -> dict[str, Any]:
         """The output without the balance loss; of an empty batch, which the backbone cannot compute, too."""
@@ -184,7 +132,7 @@ class SwinV2MoEForImageClassification(Swinv2ForImageClassification):
             return super().forward(pixel_values=pixel_values, labels=labels, return_dict=True, **options)
         assert pixel_values is not None
         image = pixel_values.new_zeros(1, *pixel_values.shape[1:])
-        base = _none_of(dict(super().forward(pixel_values=image, return_dict=True, **options)))
+        base = none_of(dict(super().forward(pixel_values=image, return_dict=True, **options)))
         return base if labels is None else {**base, "loss": base["logits"].sum()}
 
     def weighted_balance_loss(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -197,58 +145,9 @@ class SwinV2MoEForImageClassification(Swinv2ForImageClassification):
         total = values.sum() if self.config.balance_reduction == "sum" else values.mean()
         return self.config.balance_weight * total
 
-    def num_active_parameters(self) -> int:
-        """Parameters that a token meets: all but those of the experts it is not given to."""
-        layers = [module for module in self.modules() if isinstance(module, MoE)]
-        idle = sum(sum(p.numel() for p in layer.parameters()) - layer.num_active_params() for layer in layers)
-        return self.num_parameters() - idle
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write safetensors, config.json and, where there is none yet, a model card README.md.
-
-        Args:
-            save_directory: made if need be.
-            args, kwargs: see `transformers.PreTrainedModel.save_pretrained`.
-        """
-        super().save_pretrained(save_directory, *args, **kwargs)
-        card = Path(save_directory) / "README.md"
-        if kwargs.get("is_main_process", True) and not card.exists():
-            card.write_text(model_card(self), encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Load a model; see `transformers.PreTrainedModel.from_pretrained`.
-
-        Raises:
-            CheckpointError: the file is damaged, or lacks weights, or has weights of other shapes or for
-                other layers. With `ignore_mismatched_sizes=True` the classifier may differ, for fine-tuning;
-                it is then drawn anew.
-        """
-        path = pretrained_model_name_or_path
-        with_info = kwargs.pop("output_loading_info", False)
-        lenient = kwargs.get("ignore_mismatched_sizes", False)
-        try:
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        except (SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not hold the weights of its config: {error}") from error
-        for kind in ("missing", "unexpected", "mismatched"):
-            names = [key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"]]
-            names = sorted(name for name in names if not (lenient and name.startswith("classifier.")))
-            if names:
-                raise CheckpointError(
-                    f"{path} does not hold the weights of its config: {len(names)} {kind}, such as "
-                    f"{names[0]}; take config.json and weights from the same model"
-                )
-        return (model, info) if with_info else model
-
-
-def _none_of(output: Any) -> Any:
-    """An output without its samples."""
-    if isinstance(output, dict):
-        return {name: _none_of(value) for name, value in output.items()}
-    return tuple(map(_none_of, output)) if isinstance(output, tuple) else output[:0].clone()  # FSDP: no views
+    def card(self) -> str:
+        """The text of the model card."""
+        return model_card(self)
 
 
 AutoConfig.register(SwinV2MoEConfig.model_type, SwinV2MoEConfig)

@@ -20,13 +20,16 @@ def _pyplot() -> Any:
     return plt
 
 
-def learning_curve(lines: Sequence[Mapping[str, Any]], path: Path, accuracy: float | None = None) -> None:
-    """Draw loss and training accuracy over steps as PNG.
+def learning_curve(
+    lines: Sequence[Mapping[str, Any]], path: Path, name: str = "accuracy", score: float | None = None
+) -> None:
+    """Draw loss and a score over steps as PNG.
 
     Args:
         lines: entries of metrics.jsonl.
         path: of the picture.
-        accuracy: on the test images, drawn as a line where given.
+        name: of the score in the lines, such as "accuracy"; drawn from 0, and to 1 where it is never more.
+        score: on held-out data, drawn as a line where given.
     """
     plt = _pyplot()
     figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -34,10 +37,12 @@ def learning_curve(lines: Sequence[Mapping[str, Any]], path: Path, accuracy: flo
     left.plot(steps, [line["loss"] for line in lines], color="tab:blue", label="training loss")
     left.set(xlabel="step", ylabel="training loss")
     right = left.twinx()
-    right.plot(steps, [line.get("accuracy") for line in lines], color="tab:orange", label="training accuracy")
-    right.set(ylabel="accuracy", ylim=(0, 1))
-    if accuracy is not None:
-        right.axhline(accuracy, color="tab:green", linestyle="--", label=f"test accuracy {accuracy:.4f}")
+    values, label = [line.get(name) for line in lines], name.replace("_", " ")
+    top = max([1.0, *(value for value in (*values, score) if value is not None)])
+    right.plot(steps, values, color="tab:orange", label=f"training {label}")
+    right.set(ylabel=label, ylim=(0, top))
+    if score is not None:
+        right.axhline(score, color="tab:green", linestyle="--", label=f"held-out {label} {score:.4f}")
     figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -18,6 +18,8 @@ from torch._C._distributed_c10d import Store
 
 from flexpert.core.errors import DistributedError
 
+from .bounded import bounded
+
 
 def default_store() -> Store:
     """The store of the default process group."""
@@ -53,15 +55,19 @@ def agree(what: str, facts: Mapping[str, Any], members: Sequence[int], timeout: 
     Raises:
         DistributedError: facts differ, or a member does not come.
     """
-    call = _Call(default_store(), what, json.loads(json.dumps(dict(facts))), list(members))
-    try:
+
+    def compare() -> str:
+        call = _Call(default_store(), what, json.loads(json.dumps(dict(facts))), list(members))
         return call.run(timeout.total_seconds())
-    except RuntimeError as error:
+
+    try:
+        return bounded(compare, timeout)
+    except (RuntimeError, TimeoutError) as error:
         if isinstance(error, DistributedError):
             raise
         raise DistributedError(
-            f"{what}: the store of the process group failed; its host, rank 0 or torchrun's agent, may be "
-            f"lost: {error}"
+            f"{what} on ranks {tuple(members)}: the store of the process group failed; its host, rank 0 or "
+            f"torchrun's agent, may be lost, or this machine cut off from it: {error}"
         ) from error
 
 

@@ -17,22 +17,8 @@ from torch import Tensor
 from flexpert.core.errors import DistributedError, InputError
 
 from .codec import NONE, Codec
-from .differentiable import all_gather, all_reduce, reduce_scatter
 from .group import Group
-from .splits import Splits, chunk_counts, chunk_rows, row_totals
-
-__all__ = [
-    "AllToAll",
-    "Linear",
-    "PendingRows",
-    "Splits",
-    "all_gather",
-    "all_reduce",
-    "all_to_all",
-    "chunk_counts",
-    "chunk_rows",
-    "reduce_scatter",
-]
+from .splits import Splits, row_totals
 
 
 class PendingRows:

@@ -14,6 +14,7 @@ from torch import Tensor
 from flexpert.core.errors import InputError
 
 from .group import Group
+from .timers import phase
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
@@ -54,7 +55,8 @@ class _AllReduce(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
-        group.all_reduce(total)
+        with phase("reduce wait"):
+            group.all_reduce(total)
         return total
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from flexpert.core.errors import DistributedError
 
+from .group import Group
 from .mesh import ExpertMesh
 from .pending import failure
 
@@ -20,7 +21,7 @@ _WORDS = re.compile(
 
 
 @contextmanager
-def fault_guard(mesh: ExpertMesh) -> Iterator[None]:
+def fault_guard(ranks: ExpertMesh | Group) -> Iterator[None]:
     """Around a step: what fails on one rank ends the step on all, and always as a `DistributedError` there.
 
         with fault_guard(mesh):
@@ -35,6 +36,9 @@ def fault_guard(mesh: ExpertMesh) -> Iterator[None]:
 
     Telling needs a heartbeat, see `expert_mesh`. A rank that told an error is out of the run: start it again.
 
+    Args:
+        ranks: that take the step together: the mesh of the experts, or a group.
+
     Raises:
         DistributedError: a collective failed.
     """
@@ -44,9 +48,11 @@ def fault_guard(mesh: ExpertMesh) -> Iterator[None]:
         raise
     except Exception as error:
         if is_of_collective(error):
-            raise failure("a collective of this step failed", error, mesh.heartbeat) from error
-        if mesh.heartbeat is not None:
-            mesh.heartbeat.abort(f"{type(error).__name__}: {error}")
+            members = ranks.ranks
+            what = f"a collective that PyTorch calls itself (DDP, FSDP, DTensor) on ranks {members} failed"
+            raise failure(what, error, ranks.heartbeat) from error
+        if ranks.heartbeat is not None:
+            ranks.heartbeat.abort(f"{type(error).__name__}: {error}")
         raise
 
 

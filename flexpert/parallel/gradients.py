@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from flexpert.core.errors import InputError
 
 from .group import Group
+from .heartbeat import heartbeat_of
 from .mesh import ExpertMesh
 from .pending import failure
 
@@ -171,10 +172,14 @@ def groups_by_mesh(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sum_over(share: Tensor, mesh: DeviceMesh, dim: int) -> None:
+    group = mesh.get_group(dim)
     try:
-        torch.distributed.all_reduce(share, group=mesh.get_group(dim))
+        torch.distributed.all_reduce(share, group=group)
     except RuntimeError as error:
-        raise failure(f"clip_grad_norm_: the sum over {mesh} failed", error, None) from error
+        ranks = tuple(torch.distributed.get_process_group_ranks(group))
+        axis = (mesh.mesh_dim_names or range(mesh.ndim))[dim]
+        what = f"clip_grad_norm_: all_reduce on mesh axis {axis!r} (ranks {ranks}) failed"
+        raise failure(what, error, heartbeat_of(ranks)) from error
 
 
 def _local(tensor: Any) -> Tensor:

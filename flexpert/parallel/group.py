@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from flexpert.core.errors import DistributedError, InputError
 
-from .heartbeat import Heartbeat
+from .heartbeat import Heartbeat, heartbeat_of
 from .pending import Pending
 from .timeline import active_timeline
 from .traffic import Traffic
@@ -47,7 +47,8 @@ class Group:
         node_of: the node of each position.
         process_group: of torch.distributed; None for a group of one, whose collectives are local copies.
         traffic: counters of what this rank has sent.
-        heartbeat: tells lost ranks when a collective fails; None: nobody does.
+        heartbeat: tells lost ranks when a collective fails; None: one of another mesh that knows these ranks,
+            or nobody.
 
     Raises:
         DistributedError: the process group is of other ranks, or this process is none of them.
@@ -221,6 +222,7 @@ class Group:
         """Launch a collective from `buffers[1]` to `buffers[0]`, or copy in a group of one."""
         output, source = buffers
         label = f"{operation} on group {self.name!r} (ranks {self.ranks}, this is {self.ranks[self.rank]})"
+        heartbeat = self.heartbeat or heartbeat_of(self.ranks)
         timeline = active_timeline()
         work, end = None, None
         if timeline is not None:
@@ -232,7 +234,7 @@ class Group:
             try:
                 work = launch(self.process_group)
             except RuntimeError as error:
-                raise Pending(label, heartbeat=self.heartbeat).error(error) from error
+                raise Pending(label, heartbeat=heartbeat).error(error) from error
             if end is not None and work is not None and not output.is_cuda:
                 _call_when_done(work, end)
         pending = Pending(
@@ -241,7 +243,7 @@ class Group:
             keep=buffers,
             finish=finish,
             end=end,
-            heartbeat=self.heartbeat,
+            heartbeat=heartbeat,
             on_host=not output.is_cuda,
         )
         if not async_op or work is None:

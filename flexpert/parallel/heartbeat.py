@@ -9,6 +9,7 @@ and is told as such.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -27,6 +28,9 @@ PATIENCE = 3.0  # intervals without a sign of life after which a rank counts as 
 # A rank's message is one of these words, "|", and the running number or the reason. FOLLOWED: it gave up
 # because a collective failed, so another is to blame.
 ALIVE, LEFT, FAILED, FOLLOWED = "alive", "left", "failed", "followed"
+
+
+_running: list[Heartbeat] = []
 
 
 class Lost(NamedTuple):
@@ -74,6 +78,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="flexpert heartbeat", daemon=True)
         self._thread.start()
         atexit.register(self.stop)
+        _running.append(self)
 
     def lost(self) -> list[Lost]:
         """Ranks without a sign of life for three intervals, the longest silent first.
@@ -112,6 +117,7 @@ class Heartbeat:
     def stop(self) -> None:
         """End the thread, telling the others that this rank left; called at the exit of the process too."""
         atexit.unregister(self.stop)
+        self._forget()
         error = getattr(sys, "last_value", None)  # of an interpreter that ends with a traceback
         if self._followed or isinstance(error, DistributedError):
             self._end(FOLLOWED)
@@ -130,6 +136,10 @@ class Heartbeat:
             "every rank shows signs of life: one may be late, in other code, or cut off from data connections"
         )
 
+    def is_of_this_world(self) -> bool:
+        """Whether the default process group is still the one that this was made for."""
+        return dist.is_initialized() and self._world() is dist.distributed_c10d._get_default_group()
+
     def _known(self) -> str:
         """Who is to blame, or empty."""
         told = [f"rank {rank} gave up: {reason}" for rank, reason in self.failed().items()]
@@ -143,8 +153,8 @@ class Heartbeat:
         if not told and (silence := self.store_silence()):
             state = "has hung up" if self._gone else f"does not answer for {silence:.1f} s"
             told = [
-                f"the store {state}: its host, rank 0 or torchrun's agent, may be lost; of the other ranks "
-                f"nothing is known"
+                f"the store {state}: its host, rank 0 or torchrun's agent, may be lost, or this machine cut "
+                f"off from it; of the other ranks nothing is known"
             ]
         return "; ".join(told)
 
@@ -176,9 +186,15 @@ class Heartbeat:
             if own != ALIVE or self._gone:
                 break
             self._wake.wait(self.interval)
-            if not dist.is_initialized() or self._world() is not dist.distributed_c10d._get_default_group():
+            if not self.is_of_this_world():
                 self._end(LEFT)  # the world that this belongs to has been closed
+        self._forget()
         self._told.set()
+
+    def _forget(self) -> None:
+        """No longer the heartbeat of any group; by whichever of thread and caller comes first."""
+        with contextlib.suppress(ValueError):
+            _running.remove(self)
 
     def _round(self, message: str) -> None:
         """Tell the own message and read the others'."""
@@ -208,6 +224,12 @@ def heartbeat_for(store: Store, ranks: Sequence[int], interval: float | None, na
     if interval == 0 or len(ranks) == 1:
         return None
     return Heartbeat(store, dist.get_rank(), ranks, interval, name)
+
+
+def heartbeat_of(ranks: Sequence[int]) -> Heartbeat | None:
+    """A heartbeat of the current world in which all these ranks take part; None where there is none."""
+    known = [beat for beat in list(_running) if set(ranks) <= set(beat.ranks) and beat.is_of_this_world()]
+    return known[-1] if known else None
 
 
 def _over_tcp(store: Store) -> bool:

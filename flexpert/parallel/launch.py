@@ -18,7 +18,14 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MARK = "flexpert/attempt"  # in the store of a process group that was made here
 
 
-def init_process_group(backend: str | None = None, *, timeout: float = 600.0) -> None:
+def init_process_group(
+    backend: str | None = None,
+    *,
+    timeout: float = 600.0,
+    rank: int | None = None,
+    world_size: int | None = None,
+    device_id: torch.device | None = None,
+) -> None:
     """`torch.distributed.init_process_group` for ranks that torchrun starts, and restarts after a failure.
 
     torchrun shares one store with all incarnations of the ranks. PyTorch's gloo finds the addresses of the
@@ -28,16 +35,21 @@ def init_process_group(backend: str | None = None, *, timeout: float = 600.0) ->
     Args:
         backend: "gloo" or "nccl"; None: nccl where there is a GPU.
         timeout: seconds after which a collective gives up, and meeting does.
+        rank: of this process; None for the variable RANK.
+        world_size: number of ranks; None for the variable WORLD_SIZE.
+        device_id: the GPU of this rank, which binds NCCL to it at once; None: NCCL finds out.
 
     Raises:
         DistributedError: a variable that torchrun sets is missing, or the ranks do not meet.
     """
-    missing = [name for name in _VARIABLES if name not in os.environ]
+    given = {"RANK": rank, "WORLD_SIZE": world_size}
+    missing = [name for name in _VARIABLES if name not in os.environ and given.get(name) is None]
     if missing:
         raise DistributedError(
             f"{', '.join(missing)} not set: start with torchrun, such as torchrun --nproc-per-node 2 train.py"
         )
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"]) if rank is None else rank
+    size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
     limit = timedelta(seconds=timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
@@ -55,6 +67,7 @@ def init_process_group(backend: str | None = None, *, timeout: float = 600.0) ->
             rank=rank,
             world_size=size,
             timeout=limit,
+            device_id=device_id,
         )
         default_store().set(_MARK, attempt)
     except RuntimeError as error:

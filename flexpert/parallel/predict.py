@@ -1,13 +1,16 @@
 """The bytes that a plan sends, from the counts of rows: what the counters of a call will say.
 
-Letters: P ranks that exchange rows, e experts of one rank, X expert ranks, S slices.
+Nothing here needs a process group. All ranks are counted at once, so that thousands of them take no longer
+than a few sums over the counts.
+
+Letters: W ranks of a mesh, P of one replica, X expert ranks, S slices, E experts, e of them on one rank, N
+nodes, L ranks of a node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,9 +20,10 @@ from torch.distributed.tensor import DTensor
 from flexpert.core.plan import ExecutionPlan
 
 from .codec import CODECS
-from .group import Group
+from .grid import RankGrid
+from .layout import tensors_of
 from .mesh import ExpertMesh
-from .switch import block_size, destinations
+from .rows import RowTraffic
 from .transport import HEADER
 
 
@@ -30,15 +34,42 @@ class Bytes:
     inside: int = 0
     between: int = 0
 
-    def add(self, group: Group, sizes: Sequence[int]) -> None:
-        """Count `sizes[p]` bytes to each other position p of a group."""
-        for position, size in enumerate(sizes):
-            if position == group.rank:
-                continue
-            if group.node_of[position] == group.node_of[group.rank]:
-                self.inside += size
-            else:
-                self.between += size
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank holds of a parameter, or of a buffer that is cut as one.
+
+    Attributes:
+        numel: elements.
+        itemsize: bytes of each, as stored.
+        cut: over the slices of an expert; False: whole on each of them.
+        shared: whole on every rank of the mesh.
+        trained: has a gradient.
+        floating: travels in the dtype that experts compute in; else as stored.
+    """
+
+    numel: int
+    itemsize: int
+    cut: bool
+    shared: bool = False
+    trained: bool = True
+    floating: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """One step of a call's communication, on all ranks of the mesh.
+
+    Attributes:
+        name: "counts", "gather", "dispatch", "combine", "scatter" or "average".
+        backward: in the backward pass.
+        inside_W, between_W: int64, bytes that each rank sends to others of its node and of other nodes.
+    """
+
+    name: str
+    backward: bool
+    inside_W: Tensor
+    between_W: Tensor
 
 
 def bytes_of_call(
@@ -64,111 +95,195 @@ def bytes_of_call(
         verify: as in `parallelize`.
         backward: count the backward pass, too, with a gradient for the input.
     """
-    sent = Bytes()
-    passes = 2 if backward else 1
-    _add_counts(sent, mesh, bank, plan, capacity, verify)
-    _add_parameters(sent, mesh, bank, plan.r, dtype, backward)
+    transfers = transfers_of_call(
+        RankGrid.of(mesh),
+        parts_of(bank),
+        plan,
+        counts_PE,
+        widths=(bank.model_dim, bank.output_dim),
+        dtype=dtype,
+        capacity=capacity,
+        verify=verify,
+        backward=backward,
+    )
+    rank = mesh.replica * mesh.whole.size + mesh.whole.rank
+    return Bytes(
+        sum(int(transfer.inside_W[rank]) for transfer in transfers),
+        sum(int(transfer.between_W[rank]) for transfer in transfers),
+    )
+
+
+def transfers_of_call(
+    grid: RankGrid,
+    parts: Sequence[Part],
+    plan: ExecutionPlan,
+    counts_PE: Tensor,
+    *,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    capacity: int | None = None,
+    verify: bool = True,
+    backward: bool = True,
+) -> list[Transfer]:
+    """What all ranks send in one call of one bank of equal experts, in the order of its steps.
+
+    Args:
+        grid: the ranks.
+        parts: of the bank's parameters on one rank.
+        plan: of the call.
+        counts_PE: int64, rows of each rank of a replica for each expert; every replica has the same.
+        widths: of a row on its way there, and back.
+        dtype: that rows travel and experts compute in.
+        capacity: rows of an expert's buffer where the router limits them; None where it does not.
+        verify: as in `parallelize`.
+        backward: count the backward pass, too, with a gradient for the input.
+    """
+    experts = counts_PE.shape[1] // grid.expert_ranks
+    found = _counts(grid, experts, plan, capacity, verify)
+    found += _gathers(grid, parts, plan.r, dtype)
     if plan.r:
-        rows_PPe = rows_between(mesh, bank.num_experts, plan, counts_PE, capacity)
-        row = _wire_bytes(bank.model_dim, dtype, plan.codec), _wire_bytes(bank.output_dim, dtype, plan.codec)
-        for chunk in range(plan.degree):
-            part_PP = rows_PPe * (chunk + 1) // plan.degree - rows_PPe * chunk // plan.degree
-            for _ in range(passes):  # backward sends gradients of results there, of rows back
-                there, back = row if _ == 0 else row[::-1]
-                _add_rows(sent, mesh, plan.algorithm, part_PP.sum(2), there, back)
-    return sent
+        there, back = (wire_bytes(width, dtype, plan.codec) for width in widths)
+        traffic = RowTraffic(grid, counts_on_wire(counts_PE, plan, capacity), plan.r)
+        for reverse in (False, True) if backward else (False,):
+            # Backward sends gradients of results there, of rows back.
+            sizes = (back, there) if reverse else (there, back)
+            for name, size, way_back in (("dispatch", sizes[0], False), ("combine", sizes[1], True)):
+                inside_W, between_W = traffic.sent(plan.algorithm, way_back)
+                found.append(
+                    Transfer(
+                        name=name, backward=reverse, inside_W=inside_W * size, between_W=between_W * size
+                    )
+                )
+    return [*found, *_gradients(grid, parts, plan.r)] if backward else found
 
 
-def rows_between(
-    mesh: ExpertMesh, num_experts: int, plan: ExecutionPlan, counts_PE: Tensor, capacity: int | None
-) -> Tensor:
-    """int64 (P, P, e): rows from each rank to each, for each expert there."""
-    size = mesh.whole.size
-    if plan.capacity == "padded":
-        full = int(counts_PE.max()) if capacity is None else capacity
-        counts_PE = torch.full_like(counts_PE, full)
-    counts_PXe = counts_PE.view(size, mesh.expert_ranks, 1, num_experts // mesh.expert_ranks)
-    rows = counts_PXe.expand(-1, -1, mesh.slices, -1).reshape(size, size, -1)
-    chosen_PP = torch.tensor([destinations(mesh, plan.r, source) for source in range(size)])
-    return rows * chosen_PP[:, :, None]
+def counts_on_wire(counts_PE: Tensor, plan: ExecutionPlan, capacity: int | None) -> Tensor:
+    """The rows that travel: those there are, or buffers of equal size."""
+    if plan.capacity != "padded":
+        return counts_PE
+    full = int(counts_PE.max()) if capacity is None else capacity
+    return counts_PE.new_full((1, 1), full).expand(counts_PE.shape)
 
 
-def _add_counts(
-    sent: Bytes, mesh: ExpertMesh, bank: Any, plan: ExecutionPlan, capacity: int | None, verify: bool
-) -> None:
+def parts_of(bank: Any) -> list[Part]:
+    """What this rank holds of a bank that is laid out."""
+    layouts = bank.layout()
+    found = []
+    for name, tensor in tensors_of(bank).items():
+        trained, floating = tensor.requires_grad, tensor.is_floating_point()
+        if name in layouts:
+            assert isinstance(tensor, DTensor)
+            local = tensor.to_local()
+            cut = layouts[name].slice_dim is not None
+            part = Part(local.numel(), local.element_size(), cut, trained=trained, floating=floating)
+            found.append(part)
+        elif layouts:
+            found.append(Part(tensor.numel(), tensor.element_size(), False, shared=True, trained=trained))
+    return found
+
+
+def wire_bytes(width: int, dtype: torch.dtype, codec: str) -> int:
+    """Bytes of one row under way."""
+    wire = CODECS[codec].encode(torch.zeros(1, width, dtype=dtype))
+    return wire.shape[1] * wire.element_size()
+
+
+def _counts(
+    grid: RankGrid, experts: int, plan: ExecutionPlan, capacity: int | None, verify: bool
+) -> list[Transfer]:
     """The counts that travel ahead of the rows, and the header with them."""
     known = plan.r == 0 or (plan.capacity == "padded" and capacity is not None)
     if known and not verify:
-        return
-    experts = bank.num_experts // mesh.expert_ranks
-    first = "linear" if verify else plan.algorithm
-    _add_messages(sent, mesh, first, 8 * (HEADER + experts))
+        return []
+    messages = [("linear" if verify else plan.algorithm, 8 * (HEADER + experts))]
     if verify and plan.algorithm != "linear" and plan.capacity == "ragged" and plan.r:
-        _add_messages(sent, mesh, plan.algorithm, 8 * experts)
+        messages.append((plan.algorithm, 8 * experts))
+    ones = torch.ones(1, 1, dtype=torch.int64).expand(grid.size, grid.expert_ranks)
+    traffic = RowTraffic(grid, ones, grid.slices)  # one message for each rank
+    found = []
+    for algorithm, size in messages:
+        inside_W, between_W = traffic.sent(algorithm, False)
+        found.append(
+            Transfer(name="counts", backward=False, inside_W=inside_W * size, between_W=between_W * size)
+        )
+    return found
 
 
-def _add_messages(sent: Bytes, mesh: ExpertMesh, algorithm: str, size: int) -> None:
-    """One message of equal size for every rank."""
-    ones = torch.ones(mesh.whole.size, mesh.whole.size, dtype=torch.int64)
-    _add_exchange(sent, mesh, algorithm, ones, size)
+def _gathers(grid: RankGrid, parts: Sequence[Part], r: int, dtype: torch.dtype) -> list[Transfer]:
+    """Parameters gathered before the experts."""
+    return [
+        _to_members(
+            grid,
+            "gather",
+            gathering_group(grid, part, r),
+            part.numel * (dtype.itemsize if part.floating else part.itemsize),
+        )
+        for part in parts
+        if not part.shared
+    ]
 
 
-def _add_rows(sent: Bytes, mesh: ExpertMesh, algorithm: str, rows_PP: Tensor, there: int, back: int) -> None:
-    _add_exchange(sent, mesh, algorithm, rows_PP, there)
-    _add_exchange(sent, mesh, algorithm, rows_PP, back, reverse=True)
-
-
-def _add_exchange(
-    sent: Bytes, mesh: ExpertMesh, algorithm: str, rows_PP: Tensor, row: int, reverse: bool = False
-) -> None:
-    """Rows from each rank to each; in reverse they go back, over the same intermediate ranks."""
-    rank = mesh.whole.rank
-    if algorithm == "linear":
-        own = rows_PP[:, rank] if reverse else rows_PP[rank]
-        sent.add(mesh.whole, [row * n for n in own.tolist()])
-        return
-    hierarchical: Any = mesh.algorithms["2dh"]
-    inside, between = hierarchical.inside, hierarchical.between
-    local = inside.size
-    node, place = divmod(rank, local)
-    rows_NLNL = rows_PP.view(-1, local, mesh.whole.size // local, local)
-    if reverse:  # first between the nodes to the source's node, then inside it
-        sent.add(between, [row * int(n) for n in rows_NLNL[:, :, node, place].sum(1)])
-        sent.add(inside, [row * int(n) for n in rows_NLNL[node, :, :, place].sum(1)])
-    else:
-        sent.add(inside, [row * int(n) for n in rows_NLNL[node, place].sum(0)])
-        sent.add(between, [row * int(n) for n in rows_NLNL[node, :, :, place].sum(0)])
-
-
-def _add_parameters(
-    sent: Bytes, mesh: ExpertMesh, bank: Any, r: int, dtype: torch.dtype, backward: bool
-) -> None:
-    """Gathered before the experts, reduced after them, averaged over the ranks with copies."""
-    layouts = bank.layout()
-    for name, parameter in bank.named_parameters():
-        if name not in layouts:
-            if layouts and backward:
-                _add_average(sent, mesh.everyone, parameter)
+def _gradients(grid: RankGrid, parts: Sequence[Part], r: int) -> list[Transfer]:
+    """Their gradients reduced after the experts, and averaged over the ranks with copies."""
+    found = []
+    for part in parts:
+        if not part.trained:
             continue
-        assert isinstance(parameter, DTensor)
-        local, cut = parameter.to_local(), layouts[name].slice_dim is not None
-        group = mesh.column if r == 0 else None
-        if cut:
-            group = mesh.whole if r == 0 else mesh.blocks[block_size(mesh, r)]
-        if group is not None:
-            sent.add(group, [local.numel() * dtype.itemsize] * group.size)
-            if backward:
-                sent.add(group, [local.nbytes] * group.size)
-        if backward:
-            _add_average(sent, mesh.same_slice if cut else mesh.same_expert, local)
+        if not part.shared:
+            size = part.numel * part.itemsize
+            found.append(_to_members(grid, "scatter", gathering_group(grid, part, r), size, backward=True))
+        found.append(_average(grid, part))
+    return found
 
 
-def _add_average(sent: Bytes, group: Group, tensor: Tensor) -> None:
-    edges = [tensor.numel() * p // group.size for p in range(group.size + 1)]
-    portions = [(stop - start) * tensor.element_size() for start, stop in pairwise(edges)]
-    sent.add(group, [portion + portions[group.rank] for portion in portions])
+def gathering_group(grid: RankGrid, part: Part, r: int) -> Tensor:
+    """int64 (W,): equal numbers for ranks that gather a part together under r."""
+    replica_W, _, slice_W = grid.coordinates()
+    if r == 0:
+        return replica_W if part.cut else replica_W * grid.slices + slice_W
+    if not part.cut:
+        return torch.arange(grid.world)
+    block = grid.slices // r
+    return torch.arange(grid.world) // block
 
 
-def _wire_bytes(width: int, dtype: torch.dtype, codec: str) -> int:
-    wire = CODECS[codec].encode(torch.zeros(1, width, dtype=dtype))
-    return wire.shape[1] * wire.element_size()
+def averaging_group(grid: RankGrid, part: Part) -> Tensor:
+    """int64 (W,): equal numbers for ranks that hold copies of a part."""
+    _, expert_W, slice_W = grid.coordinates()
+    if part.shared:
+        return torch.zeros(grid.world, dtype=torch.int64)
+    return expert_W * grid.slices + slice_W if part.cut else expert_W
+
+
+def _to_members(grid: RankGrid, name: str, group_W: Tensor, size: int, *, backward: bool = False) -> Transfer:
+    """`size` bytes from each rank to every other of its group."""
+    near_W = _sum_by(group_W * (int(grid.node_W.max()) + 1) + grid.node_W, torch.ones_like(group_W)) - 1
+    all_W = _sum_by(group_W, torch.ones_like(group_W)) - 1
+    return Transfer(name=name, backward=backward, inside_W=near_W * size, between_W=(all_W - near_W) * size)
+
+
+def _average(grid: RankGrid, part: Part) -> Transfer:
+    """All-reduce: to each other rank its portion's summand, and the own portion when summed."""
+    group_W = averaging_group(grid, part)
+    ones = torch.ones_like(group_W)
+    size_W = _sum_by(group_W, ones)
+    # Position in the group: members are in order of rank.
+    order = torch.argsort(group_W, stable=True)
+    first_W = torch.zeros_like(group_W)
+    sizes = group_W.unique(return_counts=True)[1]
+    first_W[order] = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    place_W = torch.empty_like(group_W)
+    place_W[order] = torch.arange(grid.world)
+    place_W = place_W - first_W
+    portion_W = part.numel * (place_W + 1) // size_W - part.numel * place_W // size_W
+    portion_W = portion_W * part.itemsize
+    near = group_W * (int(grid.node_W.max()) + 1) + grid.node_W
+    inside_W = _sum_by(near, portion_W) - portion_W + (_sum_by(near, ones) - 1) * portion_W
+    total_W = _sum_by(group_W, portion_W) - portion_W + (size_W - 1) * portion_W
+    return Transfer(name="average", backward=True, inside_W=inside_W, between_W=total_W - inside_W)
+
+
+def _sum_by(key_W: Tensor, value_W: Tensor) -> Tensor:
+    """(W,): for each rank the sum of the values of those with its key."""
+    total = value_W.new_zeros(int(key_W.max()) + 1).index_add_(0, key_W, value_W)
+    return total[key_W]

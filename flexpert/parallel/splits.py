@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from flexpert.core.errors import InputError
 
 Counts = list[list[int]]
+Rows = TypeVar("Rows", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,11 @@ class Splits:
         """Those of the first classes alone; the others must be empty."""
         return Splits([row[:number] for row in self.sent], [row[:number] for row in self.received])
 
-    def sent_rows(self, chunk: int, degree: int) -> Tensor:
-        """int64: which of the rows in order of (destination, class) are the chunk's, in its order."""
-        return chunk_rows(self.sent, chunk, degree)
 
-    def received_rows(self, chunk: int, degree: int) -> Tensor:
-        """int64: which of the rows in order of (source, class) are the chunk's, in its order."""
-        return chunk_rows(self.received, chunk, degree)
+def chunk_of(counts: Rows, chunk: int, degree: int) -> tuple[Rows, Rows]:
+    """(first, count) of the rows of chunk `chunk` of `degree` in segments of `counts` rows."""
+    first = counts * chunk // degree
+    return first, counts * (chunk + 1) // degree - first
 
 
 def chunk_counts(counts: Sequence[Sequence[int]], chunk: int, degree: int) -> Counts:
@@ -56,20 +56,15 @@ def chunk_counts(counts: Sequence[Sequence[int]], chunk: int, degree: int) -> Co
         raise InputError(f"chunk={chunk} of degree={degree}; chunks are 0 to degree - 1")
     if degree == 1:
         return [list(row) for row in counts]
-    return [[n * (chunk + 1) // degree - n * chunk // degree for n in row] for row in counts]
+    return [[chunk_of(n, chunk, degree)[1] for n in row] for row in counts]
 
 
-def chunk_rows(counts: Sequence[Sequence[int]], chunk: int, degree: int) -> Tensor:
-    """int64: the positions of a chunk's rows among all rows, segment after segment.
-
-    Raises:
-        InputError: there is no such chunk.
-    """
-    sizes = torch.tensor(chunk_counts(counts, chunk, degree), dtype=torch.int64).flatten()
-    whole = torch.tensor(counts, dtype=torch.int64).flatten()
-    first = whole.cumsum(0) - whole + whole * chunk // degree
-    shift = first - (sizes.cumsum(0) - sizes)
-    return torch.arange(int(sizes.sum())) + shift.repeat_interleave(sizes)
+def segments(starts: Tensor, lengths: Tensor) -> Tensor:
+    """int64: starts[0] .. starts[0] + lengths[0] - 1, then those of the next segment, and so on."""
+    starts, lengths = starts.reshape(-1), lengths.reshape(-1)
+    before = lengths.cumsum(0) - lengths
+    index = torch.repeat_interleave(starts - before, lengths)
+    return index + torch.arange(index.shape[0])
 
 
 def row_totals(counts: Sequence[Sequence[int]]) -> list[int]:

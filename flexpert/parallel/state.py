@@ -20,7 +20,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from flexpert.core.errors import CheckpointError
 
-from .agreement import Ranks
+from .heartbeat import heartbeat_of
+from .pending import failure
+from .together import Ranks
 
 Source: TypeAlias = Mapping[str, Tensor] | str | os.PathLike[str]
 _Read: TypeAlias = Callable[[str, tuple[slice, ...] | None], Tensor]
@@ -41,10 +43,13 @@ def full_state_dict(model: nn.Module, *, rank: int = 0) -> dict[str, Tensor]:
 
     Returns:
         Tensors by name; on the other ranks an empty dict.
+
+    Raises:
+        DistributedError: a rank is gone or too late.
     """
     result = {}
     for name, tensor in _tensors(model).items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = _whole(name, tensor) if isinstance(tensor, DTensor) else tensor
         if not dist.is_initialized() or dist.get_rank() == rank:
             result[name] = whole.to("cpu", copy=True).contiguous()
     return result
@@ -99,9 +104,12 @@ def accept_full_tensors(model: nn.Module) -> None:
     """Let `load_state_dict` of a model over ranks, and of its modules, take tensors of one process too."""
     for module in model.modules():
         cut = {
-            name: (p.device_mesh, p.placements)
-            for name, p in module.named_parameters(recurse=False)
-            if isinstance(p, DTensor)
+            name: (tensor.device_mesh, tensor.placements)
+            for name, tensor in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]
+            if isinstance(tensor, DTensor)
         }
         if cut:
             module.register_load_state_dict_pre_hook(_TakeParts(cut))
@@ -125,6 +133,15 @@ class _TakeParts:
                 own = getattr(module, name)
                 if given.shape == own.shape:
                     tensors[prefix + name] = distribute(given, mesh, placements)
+
+
+def _whole(name: str, tensor: DTensor) -> Tensor:
+    try:
+        return tensor.full_tensor()
+    except RuntimeError as error:
+        ranks = tuple(tensor.device_mesh.mesh.flatten().tolist())
+        what = f"full_state_dict: all_gather of {name} on ranks {ranks} failed"
+        raise failure(what, error, heartbeat_of(ranks)) from error
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

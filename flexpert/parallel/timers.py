@@ -28,7 +28,7 @@ from .group import Group
 from .mesh import ExpertMesh
 
 BUSY = ("route", "experts", "dense", "optimiser")
-WAITS = ("dispatch wait", "combine wait")
+WAITS = ("dispatch wait", "combine wait", "reduce wait")
 PHASES = (*BUSY, *WAITS)
 
 clock = time.perf_counter
@@ -38,12 +38,48 @@ clock = time.perf_counter
 class PhaseTimers:
     """Seconds of this rank in each of `PHASES`, forward and backward, and the rows its experts computed.
 
-    "dispatch wait" has the exchange of counts in it, where ranks wait for one that is late; "dense" is what
-    no other phase is: collectives of DDP or FSDP too, and with r = 0 the experts' backward.
+    "dispatch wait" has the exchange of counts in it, where ranks wait for one that is late; "reduce wait" the
+    differentiable sums over ranks, of losses; "dense" is what no other phase is: collectives of DDP or FSDP
+    too, and with r = 0 the experts' backward. Of a phase inside another the time counts for the inner one.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     rows: int = 0
+    _since: float = field(default_factory=lambda: clock())  # noqa: PLW0108 - tests put another clock there
+    _nested: float = 0.0  # in phases that ended inside the one that runs
+
+    def enter(self) -> tuple[float, float]:
+        """Begin a phase; `leave` takes the result."""
+        return clock(), self._nested
+
+    def leave(self, name: str, entered: tuple[float, float]) -> None:
+        """End a phase: its time, without that of phases inside, is added up."""
+        begin, nested = entered
+        total = clock() - begin
+        self.seconds[name] += total - (self._nested - nested)
+        self._nested = nested + total
+
+    def finish(self) -> None:
+        """Count what was in no other phase as "dense"."""
+        self.seconds["dense"] = max(clock() - self._since - sum(self.seconds.values()), 0.0)
+
+    def lap(self) -> PhaseTimers:
+        """What was timed until now; these timers start again from nothing."""
+        self.finish()
+        lap, fresh = PhaseTimers(self.seconds, self.rows), PhaseTimers()
+        self.seconds, self.rows, self._since = fresh.seconds, fresh.rows, fresh._since
+        return lap
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing inside the `with` is timed: what one rank alone does, such as writing to disk."""
+        global _active  # noqa: PLW0603 - as in `time_phases`
+        begin, previous, _active = clock(), _active, None
+        try:
+            yield
+        finally:
+            _active = previous
+            self._since += clock() - begin
 
 
 @dataclass(frozen=True)
@@ -79,17 +115,17 @@ def phase(name: str, rows: int = 0) -> Iterator[None]:
     if timers is None:
         yield
         return
-    begin = clock()
+    entered = timers.enter()
     try:
         yield
     finally:
-        timers.seconds[name] += clock() - begin
+        timers.leave(name, entered)
         timers.rows += rows
 
 
 @contextmanager
 def time_phases(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[PhaseTimers]:
-    """Time this rank's phases inside the `with`.
+    """Time this rank's phases inside the `with`. It costs some microseconds per layer and step.
 
     Args:
         model: whose MoE layers, laid out by `parallelize`, are timed.
@@ -105,27 +141,26 @@ def time_phases(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     if optimizer is not None:
         before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
         hooks += _timed(timers, "optimiser", before, after)
-    begin, _active = clock(), timers
+    _active = timers
     try:
         yield timers
     finally:
         _active = previous
         for hook in hooks:
             hook.remove()
-        total = clock() - begin
-        timers.seconds["dense"] = max(total - sum(timers.seconds.values()), 0.0)
+        timers.finish()
 
 
 def _timed(
     timers: PhaseTimers, name: str, before: Callable[..., Any], after: Callable[..., Any]
 ) -> list[Any]:
-    begins: list[float] = []
+    entered: list[tuple[float, float]] = []
 
     def start(*_: Any) -> None:
-        begins.append(clock())
+        entered.append(timers.enter())
 
     def stop(*_: Any) -> None:
-        timers.seconds[name] += clock() - begins.pop()
+        timers.leave(name, entered.pop())
 
     return [before(start), after(stop)]
 
@@ -136,7 +171,7 @@ def straggler_report(
     """Gather the timers of all ranks of a mesh, which all call this, and say who is slow, where and why.
 
     Args:
-        timers: of this rank, after the `with`.
+        timers: of this rank, after the `with`, or a lap of them.
         mesh: the ranks.
         threshold: how many times the median of the others counts as slow; > 1.
         link_bytes: of a message that every pair of ranks exchanges to time the links; 0: do not.
@@ -147,10 +182,11 @@ def straggler_report(
     """
     if not threshold > 1:
         raise InputError(f"threshold={threshold!r}: expected a number > 1")
-    link = best_link_seconds(mesh.everyone, link_bytes) if link_bytes and mesh.everyone.size > 1 else -1.0
+    everyone = _uncounted(mesh.everyone)
+    link = best_link_seconds(everyone, link_bytes) if link_bytes and everyone.size > 1 else -1.0
     own = torch.tensor([*(timers.seconds[p] for p in PHASES), timers.rows, link], dtype=torch.float64)
-    table = own.new_empty(mesh.everyone.size * len(own))
-    mesh.everyone.all_gather(table, own)
+    table = own.new_empty(everyone.size * len(own))
+    everyone.all_gather(table, own)
     columns = table.view(-1, len(own)).T.tolist()
     seconds = dict(zip(PHASES, columns, strict=False))
     links = columns[-1] if link >= 0 else []
@@ -162,7 +198,6 @@ def best_link_seconds(group: Group, num_bytes: int) -> float:
 
     A slow link is in all pairs of its rank and in one pair of every other: the best pair tells whose it is.
     """
-    group = Group(group.name, group.ranks, group.process_group, group.node_of)  # counted on its own
     best = float("inf")
     for turn in range(group.size):
         partner = (turn - group.rank) % group.size
@@ -174,6 +209,11 @@ def best_link_seconds(group: Group, num_bytes: int) -> float:
         if partner != group.rank:
             best = min(best, clock() - begin)
     return best
+
+
+def _uncounted(group: Group) -> Group:
+    """The group, whose traffic does not enter the figures of a step."""
+    return Group(group.name, group.ranks, group.process_group, group.node_of, heartbeat=group.heartbeat)
 
 
 def judge(

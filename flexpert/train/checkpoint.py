@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flexpert.core.errors import CheckpointError, DistributedError
-from flexpert.parallel.agreement import Ranks
+from flexpert.parallel.together import Ranks
 from flexpert.train.checks import JSON, check_arguments, merge_descriptions
 from flexpert.train.dcp_storage import Like, names_written, read_tensors, write_tensors
 from flexpert.train.manifest import (

@@ -18,6 +18,7 @@ from flexpert.core.plan import ExecutionPlan
 from flexpert.core.registry import check_options
 
 T = TypeVar("T")
+TASKS = ("vision", "language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +26,18 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        name: the data set; "fashion_mnist".
+        name: the data set; "fashion_mnist" for images, "python_source" for text.
         folder: where its files lie; None to find or fetch them.
         shift: random shift of training images, in pixels each way.
         flip: mirror half of the training images.
+        sequence_length: tokens of a text that are predicted together.
     """
 
     name: str = "fashion_mnist"
     folder: str | None = None
     shift: int = 2
     flip: bool = True
+    sequence_length: int = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,8 @@ class OptimizerConfig:
     """AdamW with a warm-up and a cosine to zero.
 
     Attributes:
-        batch_size: images in a step, of all ranks together.
-        epochs: passes over the training images; need not be whole.
+        batch_size: images or sequences in a step, of all ranks together.
+        epochs: passes over the training data; need not be whole.
         lr: peak learning rate.
         warmup: share of the steps in which it rises to the peak.
         weight_decay: on matrices; never on biases, norms and what the model names.
@@ -74,14 +77,17 @@ class ParallelConfig:
         replicas: copies of all experts; divides the ranks.
         slices: ranks that share one expert; None for as few as the ranks allow.
         dense: what is no expert: "ddp" copies it to every rank, "fsdp" shards it.
-        plan: fields of `ExecutionPlan`; those left out have its defaults.
+        plan: "auto": the tuner chooses, step by step (`flexpert.tune`); or fields of `ExecutionPlan`, whose
+            others have their defaults: {} is the default plan.
+        deterministic: the tuner measures nothing, so that a resumed run repeats an uninterrupted one exactly.
         verify: compare what the ranks are about to do before rows travel.
     """
 
     replicas: int = 1
     slices: int | None = None
     dense: str = "ddp"
-    plan: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] | str = "auto"
+    deterministic: bool = False
     verify: bool = True
 
 
@@ -90,6 +96,7 @@ class TrainConfig:
     """One run.
 
     Attributes:
+        task: "vision" (images) or "language" (text).
         name: of the run's folder.
         output: the folder that holds the runs.
         seed: of weights, order, augmentation and noise.
@@ -105,6 +112,7 @@ class TrainConfig:
         parallel: how they share the model.
     """
 
+    task: str = "vision"
     name: str = "run"
     output: str = "runs"
     seed: int = 0
@@ -123,6 +131,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         o, p = self.optimizer, self.parallel
+        _require("task", self.task, self.task in TASKS, f"one of {', '.join(TASKS)}")
         _require("name", self.name, bool(self.name) and "/" not in self.name, "a name without '/'")
         for name, value in (("checkpoint_every", self.checkpoint_every), ("log_every", self.log_every)):
             _require(name, value, value >= 1, "an integer >= 1")
@@ -133,8 +142,17 @@ class TrainConfig:
         _require("parallel.replicas", p.replicas, p.replicas >= 1, "an integer >= 1")
         _require("parallel.slices", p.slices, p.slices is None or p.slices >= 1, "None or an integer >= 1")
         _require("parallel.dense", p.dense, p.dense in ("ddp", "fsdp"), "'ddp' or 'fsdp'")
-        ExecutionPlan.from_dict(p.plan)  # raises for a field or value that no plan has
+        if isinstance(p.plan, str):
+            _require("parallel.plan", p.plan, p.plan == "auto", "'auto' or fields of a plan, such as {r: 1}")
+        else:
+            ExecutionPlan.from_dict(p.plan)  # raises for a field or value that no plan has
         _require("timeout", self.timeout, 0 < self.timeout < math.inf, "a number > 0")
+        _require(
+            "data.sequence_length",
+            self.data.sequence_length,
+            self.data.sequence_length >= 1,
+            "an integer >= 1",
+        )
         _require("data.shift", self.data.shift, self.data.shift >= 0, "an integer >= 0")
         _require("optimizer.batch_size", o.batch_size, o.batch_size >= 1, "an integer >= 1")
         _require(

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.tensor import DTensor
 
-from flexpert.core.errors import CheckpointError, DistributedError
-from flexpert.parallel.agreement import Ranks
+from flexpert.core.errors import CheckpointError
+from flexpert.parallel.pending import failure
+from flexpert.parallel.together import Ranks
 
 Like = Callable[[str], "Tensor | None"]
 
@@ -52,7 +53,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> 
 
     Raises DistributedError if a rank is gone, else what failed on one of the ranks.
     """
-    with _plain_errors(distributed=ranks.size > 1):
+    with _plain_errors(ranks if ranks.size > 1 else None):
         _save_state_dict(
             {name: tensor.detach() for name, tensor in tensors.items()},
             storage_writer=_AnonymousWriter(folder),
@@ -92,7 +93,7 @@ def read_tensors(
             name: _empty(entries[name].size, entries[name].properties.dtype, like and like(name))
             for name in described
         }
-        with _plain_errors(distributed=False):
+        with _plain_errors(None):
             _load_state_dict(
                 tensors,
                 storage_reader=reader,
@@ -166,7 +167,7 @@ class _AnonymousWriter(FileSystemWriter):
 
 
 @contextmanager
-def _plain_errors(distributed: bool) -> Iterator[None]:
+def _plain_errors(ranks: Ranks | None) -> Iterator[None]:
     """Turn DCP's wrapper, which is no Exception and hides even a KeyboardInterrupt, into what it wraps."""
     try:
         yield
@@ -174,10 +175,11 @@ def _plain_errors(distributed: bool) -> Iterator[None]:
         cause, _ = next(iter(wrapper.failures.values()))
         raise _origin(cause) from None
     except RuntimeError as error:
-        if not distributed:
+        if ranks is None:
             raise
         # What fails on a rank is told by the wrapper; here a collective did.
-        raise DistributedError(f"a rank is gone or too late: {error}") from error
+        what = f"a collective of torch.distributed.checkpoint among {ranks.size} ranks failed"
+        raise failure(what, error, ranks.heartbeat) from error
 
 
 def _origin(error: BaseException) -> BaseException:

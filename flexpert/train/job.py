@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,32 +23,32 @@ from flexpert.core.seeding import derive_seed
 from flexpert.layer import MoE
 from flexpert.monitor.metrics import MetricsWriter, read_metrics
 
-from .config import TrainConfig, decode
+from .config import TrainConfig
+from .folder import model_folder, open_run, restart_count
 from .loop import fit, total_steps
 from .parallel import OneRank, join
-
-_MAY_DIFFER = ("ranks", "parallel")  # a run goes on under any layout
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any] | None:
     """Train, evaluate and save; everything lies in `<output>/<name>/`.
 
     Started by torchrun, the ranks train one model together, on the same batches as one process would; rank 0
-    alone writes and speaks.
+    alone writes and speaks. Restarted by torchrun, they go on with the run that they began, from its newest
+    checkpoint.
 
     Args:
         config: settings.
         resume: go on with the run of this name; its settings must be the same. Without it, a name that is
-            taken
-            gets a number: nothing is overwritten.
+            taken gets a number: nothing is overwritten.
 
     Returns:
-        "run" (folder), "accuracy", "images", "steps", "seconds" (of training), "plots" (files); None on other
-        ranks than 0.
+        "run" (folder), "steps", "seconds" (of training), "headline" (a phrase), "plots" (files), and the
+        figures of the task: "accuracy" and "images", or "validation_loss", "bits_per_byte", "bytes" and
+        "sample" (a text); None on other ranks than 0.
 
     Raises:
         ConfigError: bad settings, or a run to resume that has others.
-        DistributedError: ranks that do not meet.
+        DistributedError: ranks that do not meet, or one that is lost.
     """
     with join(config) as ranks:
         return _train(config, resume, ranks)
@@ -57,16 +56,17 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, Any] | None
 
 def _train(config: TrainConfig, resume: bool, ranks: OneRank) -> dict[str, Any] | None:
     _prepare(config)
-    task = _task(config, ranks)
+    task = _task_class(config)(config, ranks=ranks)
     ranks.prepare(task.model)  # before a folder is made for what cannot run
-    folder = Path(ranks.from_main(lambda: str(_open_run(config, resume))))
+    folder = Path(ranks.from_main(lambda: str(open_run(config, resume))))
     steps = total_steps(task, config)
     writer = None
     if ranks.world.is_main:
         together = f", {ranks.world.size} ranks" if ranks.world.size > 1 else ""
-        _say(f"run {folder}: {_describe(task.model)}{together}; images from {task.dataset.source}")
+        again = f", restart {restarts}" if (restarts := restart_count()) else ""
+        _say(f"run {folder}: {_describe(task.model)}{together}{again}; {task.source}")
         writer = MetricsWriter(folder)
-    with _Progress(steps, silent=writer is None) as progress:
+    with _Progress(steps, task.score, silent=writer is None) as progress:
         seconds = fit(task, config, folder, writer, progress.report, ranks)
     figures = task.evaluate()
     tensors = ranks.whole(task.model)
@@ -76,39 +76,32 @@ def _train(config: TrainConfig, resume: bool, ranks: OneRank) -> dict[str, Any] 
     writer.close()
     result = {"run": str(folder), "steps": steps, "seconds": seconds, **figures}
     _save_model(task, folder, tensors)
-    result["plots"] = [str(path) for path in _plots(folder, result["accuracy"], load)]
+    result |= {"headline": task.headline(figures), **task.closing(folder / "model")}
+    result["plots"] = [str(path) for path in _plots(folder, task.score, figures[task.score], load)]
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
 def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
-    """Accuracy of a run's saved model.
+    """The figures of a run's saved model on held-out data.
 
     Args:
         folder: of the run.
         overrides: "top_k" and "capacity_factor", in place of the model's own.
 
     Returns:
-        "accuracy", "images", "seconds", "routing" (the overrides) and, with MoE layers, "drop_rate"; None on
-        other ranks than 0.
+        The figures of the task (see `train`), "headline", "seconds", "routing" (the overrides) and, with MoE
+        layers, "drop_rate"; None on other ranks than 0.
 
     Raises:
         ConfigError: no such run, no saved model, or an unknown override.
     """
-    from .vision import VisionTask
-
     check_options("evaluate", overrides, ("top_k", "capacity_factor"))
-    if not Path(folder).is_dir():
-        raise ConfigError(f"there is no run {folder}; `flexpert train` makes runs")
-    model_folder = Path(folder) / "model"
-    if not (model_folder / "config.json").exists():
-        raise ConfigError(
-            f"{folder} has no saved model; name the folder of a finished run, or resume it first"
-        )
-    config = dataclasses.replace(_stored_config(Path(folder)), ranks=None)  # any number evaluates
+    saved, config = model_folder(folder)
+    config = dataclasses.replace(config, ranks=None)  # any number evaluates
     _prepare(config)
     with join(config) as ranks:
-        task = VisionTask.from_saved(config, model_folder, ranks)
+        task = _task_class(config).from_saved(config, saved, ranks)
         if overrides and not any(isinstance(module, MoE) for module in task.model.modules()):
             raise ConfigError(f"{folder} is a dense model: {', '.join(overrides)} would change nothing")
         began = time.perf_counter()
@@ -117,6 +110,7 @@ def evaluate(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
             return None
     return {
         **figures,
+        "headline": task.headline(figures),
         "seconds": round(time.perf_counter() - began, 3),
         "routing": overrides,
         "run": str(folder),
@@ -134,57 +128,16 @@ def _prepare(config: TrainConfig) -> None:
     torch.manual_seed(derive_seed(config.seed, "run"))
 
 
-def _task(config: TrainConfig, ranks: OneRank) -> Any:
+def _task_class(config: TrainConfig) -> Any:
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("the vision model needs transformers: pip install 'flexpert[vision]'")
+        raise ConfigError(f"the {config.task} model needs transformers: pip install 'flexpert[hf]'")
+    if config.task == "language":
+        from .language import LanguageTask
+
+        return LanguageTask
     from .vision import VisionTask
 
-    return VisionTask(config, ranks=ranks)
-
-
-def _open_run(config: TrainConfig, resume: bool) -> Path:
-    """The run's folder, with its settings in it."""
-    folder = Path(config.output) / config.name
-    if resume:
-        if not folder.is_dir():
-            raise ConfigError(f"there is no run {folder} to resume; start it without --resume")
-        if not (folder / "config.yaml").exists():  # killed before its first second was over
-            _write_config(config, folder)
-        stored = _stored_config(folder)
-        now = config.to_dict()
-        changed = sorted(k for k, v in stored.to_dict().items() if v != now[k] and k not in _MAY_DIFFER)
-        if changed:
-            raise ConfigError(
-                f"{folder} was run with other settings ({', '.join(changed)}); resume it with "
-                f"the same, or start anew"
-            )
-        return folder
-    number = 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-            folder = Path(config.output) / f"{config.name}-{number}"
-        except OSError as error:
-            raise ConfigError(f"output={config.output!r}: cannot make {folder}: {error.strerror}") from None
-    _write_config(config, folder)
-    return folder
-
-
-def _write_config(config: TrainConfig, folder: Path) -> None:
-    settings = {**config.to_dict(), "name": folder.name}
-    temporary = folder / "config.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    temporary.replace(folder / "config.yaml")
-
-
-def _stored_config(folder: Path) -> TrainConfig:
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
-    return decode(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+    return VisionTask
 
 
 def _save_model(task: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -211,14 +164,14 @@ def _plotter() -> str:
     return "matplotlib" if importlib.util.find_spec("matplotlib") else ""
 
 
-def _plots(folder: Path, accuracy: float, load: Mapping[str, list[float]]) -> list[Path]:
+def _plots(folder: Path, name: str, score: float, load: Mapping[str, list[float]]) -> list[Path]:
     if not _plotter():
         _say("no plots: pip install 'flexpert[plots]' draws them")
         return []
     from flexpert.monitor.plots import learning_curve, load_map
 
     curve = folder / "learning_curve.png"
-    learning_curve(read_metrics(folder), curve, accuracy)
+    learning_curve(read_metrics(folder), curve, name, score)
     if not load:
         return [curve]
     load_map(load, folder / "load.png")
@@ -228,9 +181,11 @@ def _plots(folder: Path, accuracy: float, load: Mapping[str, list[float]]) -> li
 class _Progress:
     """A bar on a terminal, plain lines elsewhere; on standard error, so that results stay apart."""
 
-    def __init__(self, steps: int, *, silent: bool = False) -> None:
+    def __init__(self, steps: int, score: str, *, silent: bool = False) -> None:
+        self._score = score
         hidden = silent or not sys.stderr.isatty()
         self._bar = tqdm(total=steps, unit="step", file=sys.stderr, disable=hidden)
+        self._slow = ""  # the rank and phase that were named last
 
     def __enter__(self) -> _Progress:
         return self
@@ -239,10 +194,15 @@ class _Progress:
         self._bar.close()
 
     def report(self, line: dict[str, Any]) -> None:
-        """Show one line of metrics."""
+        """Show one line of metrics; a slow rank once, until another one or none is named."""
+        straggler = line.get("straggler", "")
+        slow = straggler.partition(":")[0]
+        if slow and slow != self._slow:
+            tqdm.write(straggler, file=sys.stderr)
+        self._slow = slow
         parts = [
             f"loss {line['loss']:.4f}",
-            f"accuracy {line.get('accuracy', 0):.3f}",
+            f"{self._score.replace('_', ' ')} {line.get(self._score, 0):.3f}",
             f"{line['tokens_per_second'] / 1000:.1f}k tokens/s",
         ]
         if "load" in line:

@@ -40,7 +40,8 @@ def fit(
     """Train to the end, from the newest checkpoint in `folder/checkpoints` where there is one.
 
     The weights after step n are the same, bit for bit, whether the run was interrupted or not (same machine,
-    same settings).
+    same settings); on several ranks with plans that are static or deterministic, else up to the order of sums
+    from where the interrupted run's log of plans ends.
 
     Args:
         task: model, data and loss; on several ranks after `ranks.prepare(task.model)`.
@@ -63,32 +64,41 @@ def fit(
     total = total_steps(task, config)
     began = time.perf_counter()
     mark = (start, began)
-    with CheckpointSaver(folder / "checkpoints", asynchronous=config.checkpoint_async) as saver:
+    saving = CheckpointSaver(folder / "checkpoints", asynchronous=config.checkpoint_async)
+    with saving as saver, ranks.timed(task.model, optimizer) as stragglers:
         for step in range(start, total):
-            result = _step(task, ranks, optimizer, config, step, total)
+            with ranks.tuning.step(step):
+                result = _step(task, ranks, optimizer, config, step, total)
             if balancer is not None:
                 balancer.observe(result.stats)
                 balancer.step(ranks.total)
             done = step + 1
             if done % config.log_every == 0 or done == total:
                 now = time.perf_counter()
-                line = _line(
-                    ranks.figures(result),
-                    done=done,
-                    total=total,
-                    seconds=round(before + now - began, 3),
-                    lr=optimizer.param_groups[0]["lr"],
-                    tokens_per_second=round(task.tokens_per_step * (done - mark[0]) / (now - mark[1]), 1),
-                    **ranks.traffic(done - mark[0]),
-                )
-                if writer is not None:
-                    writer.write(done, line)
-                    report(line)
+                slow = stragglers.figures()
+                with stragglers.paused():
+                    line = _line(
+                        ranks.figures(result),
+                        done=done,
+                        total=total,
+                        seconds=round(before + now - began, 3),
+                        lr=optimizer.param_groups[0]["lr"],
+                        tokens_per_second=round(task.tokens_per_step * (done - mark[0]) / (now - mark[1]), 1),
+                        ranks=ranks.world.size,
+                        **ranks.traffic(done - mark[0]),
+                        **slow,
+                    )
+                    if writer is not None:
+                        writer.write(done, line)
+                        report(line)
                 mark = (done, now)
             if done % config.checkpoint_every == 0 or done == total:
                 seconds = before + time.perf_counter() - began
                 state: dict[str, Any] = {"seconds": seconds, "config": config.to_dict()}
-                saver.save(done, collect_state(task.model, optimizer), state)
+                state |= {} if (known := ranks.tuning.state()) is None else {"tuner": known}
+                with stragglers.paused():
+                    saver.save(done, collect_state(task.model, optimizer), state)
+    ranks.tuning.finish()
     return before + time.perf_counter() - began
 
 
@@ -103,8 +113,10 @@ def _resume(task: Task, optimizer: torch.optim.Optimizer, folder: Path, ranks: O
     """Steps done and seconds spent so far; every rank reads its parts of the checkpoint that rank 0 found."""
     path = ranks.from_main(lambda: str(latest_checkpoint(folder / "checkpoints") or ""))
     if not path:
+        ranks.tuning.begin(folder, 0, None)
         return 0, 0.0
     checkpoint = restore_checkpoint(Path(path), task.model, optimizer)
+    ranks.tuning.begin(folder, checkpoint.step, checkpoint.state.get("tuner"))
     return checkpoint.step, float(checkpoint.state.get("seconds", 0.0))
 
 

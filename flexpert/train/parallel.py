@@ -27,17 +27,23 @@ from flexpert.parallel import (
     ExpertMesh,
     clip_grad_norm_,
     expert_mesh,
+    fault_guard,
     full_state_dict,
     groups_by_mesh,
     no_sync,
     parallelize,
+    time_phases,
 )
+from flexpert.parallel.agree import agree, default_store, default_timeout, versions
 from flexpert.parallel.differentiable import all_reduce
 from flexpert.parallel.group import Group
+from flexpert.parallel.heartbeat import Heartbeat, heartbeat_for
 from flexpert.parallel.state import accept_full_tensors
 
 from .config import ParallelConfig, TrainConfig
+from .stragglers import Stragglers
 from .task import StepResult
+from .tuning import NoTuning, Tuning, make_tuning
 from .world import World, process_group, read_world
 
 Sum = Callable[[Tensor], Tensor]
@@ -50,6 +56,7 @@ class OneRank:
         world: the place of this process.
         device: where it computes.
         all_reduce: the differentiable sum over ranks, for `RoutingContext`; None for one process.
+        tuning: what chooses the plans of steps, after `prepare`.
     """
 
     all_reduce: Sum | None = None
@@ -57,6 +64,7 @@ class OneRank:
     def __init__(self, world: World | None = None, device: torch.device | None = None) -> None:
         self.world = World() if world is None else world
         self.device = torch.device("cpu") if device is None else device
+        self.tuning: Tuning | NoTuning = NoTuning()
 
     def prepare(self, model: nn.Module) -> None:
         """Lay a model out over these ranks, for training; before the optimiser is made."""
@@ -84,6 +92,10 @@ class OneRank:
         """What to log of the experts' exchange in so many steps since the last call; every rank calls it."""
         return {}
 
+    def timed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Stragglers]:
+        """Around training: what tells slow ranks."""
+        return nullcontext(Stragglers())
+
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks, without gradient."""
         return values
@@ -104,23 +116,31 @@ class ManyRanks(OneRank):
         world: the place of this process in the default process group.
         device: where it computes.
         layout: how the model is shared.
+        dtype: that experts compute in.
 
     Attributes:
         mesh: of the experts, after `prepare`; None for a model without.
+        group: all ranks; after `prepare` it knows which of them are lost.
     """
 
     def __init__(
-        self, world: World, device: torch.device | None = None, layout: ParallelConfig | None = None
+        self,
+        world: World,
+        device: torch.device | None = None,
+        layout: ParallelConfig | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(world, device)
+        self._dtype = dtype
         self.layout = ParallelConfig() if layout is None else layout
         self.mesh: ExpertMesh | None = None
+        self._dense_heartbeat: Heartbeat | None = None
         everyone = dist.group.WORLD
         if everyone is None:
             raise DistributedError("no process group is initialised; `join` makes one")
         nodes = [rank // world.local_size for rank in range(world.size)]
-        self._group = Group("all ranks", range(world.size), everyone, nodes)
-        self.all_reduce = lambda values: all_reduce(values, self._group)
+        self.group = Group("all ranks", range(world.size), everyone, nodes)
+        self.all_reduce = lambda values: all_reduce(values, self.group)
 
     def prepare(self, model: nn.Module) -> None:
         """Lay the experts out over a mesh of the ranks and make the rest data parallel, in place.
@@ -139,8 +159,11 @@ class ManyRanks(OneRank):
             ranks_per_node=self.world.local_size,
             device=self.device.type,
         )
-        plan = ExecutionPlan.from_dict(layout.plan)
-        parallelize(model, self.mesh, dense=layout.dense, plan=plan, verify=layout.verify)
+        self.group.heartbeat = self.mesh.heartbeat
+        auto = isinstance(layout.plan, str)
+        parallelize(model, self.mesh, dense=layout.dense, plan=_static(layout), verify=layout.verify)
+        if auto:
+            self.tuning = make_tuning(model, self.mesh, self._dtype, layout.deterministic)
         self.mesh.traffic.reset()
         return None
 
@@ -174,14 +197,28 @@ class ManyRanks(OneRank):
         own = torch.tensor([self.mesh.traffic.inside, self.mesh.traffic.between], device=self.device)
         self.mesh.traffic.reset()
         inside, between = (round(sent / steps) for sent in self.total(own).tolist())
-        plan = ExecutionPlan.from_dict(self.layout.plan).to_dict()
-        text = " ".join(f"{name}={value}" for name, value in plan.items())
+        text = " ".join(f"{name}={value}" for name, value in _static(self.layout).to_dict().items())
+        if self.tuning.tuner is not None:
+            text = self.tuning.tuner.describe_plans()
         return {"plan": text, "bytes_inside": inside, "bytes_between": between}
+
+    @contextmanager
+    def timed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Stragglers]:
+        """Around training: what tells slow ranks, on CPU with experts.
+
+        A GPU computes behind the host's clock; without experts ranks wait only inside of DDP or FSDP, where
+        the wait cannot be told from work.
+        """
+        if self.mesh is None or self.device.type == "cuda":
+            yield Stragglers()
+            return
+        with time_phases(model, optimizer) as timers:
+            yield Stragglers(timers, self.mesh)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks, without gradient."""
         total = values.detach().clone()
-        self._group.all_reduce(total)
+        self.group.all_reduce(total)
         return total
 
     def figures(self, result: StepResult) -> StepResult:
@@ -213,12 +250,21 @@ class ManyRanks(OneRank):
             raise DistributedError(f"rank 0 failed: {text}")
         return text
 
+    def close(self) -> None:
+        """Tell the other ranks that this one leaves; before the process group is destroyed."""
+        if self._dense_heartbeat is not None:
+            self._dense_heartbeat.stop()
+
     def _prepare_dense(self, model: nn.Module) -> None:
+        members, limit = self.group.ranks, default_timeout(self.device.type)
+        name = agree("dense job", versions(), members, limit)
+        self._dense_heartbeat = heartbeat_for(default_store(), members, None, name)
+        self.group.heartbeat = self._dense_heartbeat
         if self.layout.dense == "ddp":
             replicate(model)
             return
-        assert self._group.process_group is not None
-        mesh = DeviceMesh.from_group(self._group.process_group, self.device.type, mesh_dim_names=("rank",))
+        assert self.group.process_group is not None
+        mesh = DeviceMesh.from_group(self.group.process_group, self.device.type, mesh_dim_names=("rank",))
         fully_shard(model, mesh=mesh)
         accept_full_tensors(model)
 
@@ -227,8 +273,10 @@ class ManyRanks(OneRank):
 def join(config: TrainConfig) -> Iterator[OneRank]:
     """The ranks of a run that is started now: those of torchrun, else this process alone.
 
+    What fails on a rank inside the `with` ends it on all, see `fault_guard`.
+
     Raises:
-        DistributedError: an environment that cannot be, or ranks that do not meet.
+        DistributedError: an environment that cannot be, ranks that do not meet, or a rank that is lost.
     """
     world = read_world()
     if config.ranks not in (None, world.size):
@@ -243,7 +291,13 @@ def join(config: TrainConfig) -> Iterator[OneRank]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with process_group(world, device, backend=config.backend, timeout=config.timeout):
-        yield ManyRanks(world, device, config.parallel)
+        dtype = getattr(torch, config.optimizer.dtype)
+        ranks = ManyRanks(world, device, config.parallel, dtype)
+        try:
+            with fault_guard(ranks.group):
+                yield ranks
+        finally:
+            ranks.close()
 
 
 def weighted(value: Tensor, weight: float) -> Tensor:
@@ -253,6 +307,11 @@ def weighted(value: Tensor, weight: float) -> Tensor:
     all samples.
     """
     return value if weight == 1 else value * weight
+
+
+def _static(layout: ParallelConfig) -> ExecutionPlan:
+    """The plan where none is chosen."""
+    return ExecutionPlan() if isinstance(layout.plan, str) else ExecutionPlan.from_dict(layout.plan)
 
 
 def _most_experts(model: nn.Module) -> int:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flexpert.parallel.agreement import Ranks
+from flexpert.parallel.agree import default_timeout
+from flexpert.parallel.together import Ranks
 
 from .checkpoint import save_checkpoint, write_checkpoint
 from .checks import JSON, check_arguments, merge_descriptions
@@ -51,7 +52,12 @@ class CheckpointSaver:
         self._ranks = Ranks(group)
         if asynchronous and self._ranks.size > 1:
             members = dist.get_process_group_ranks(group or dist.group.WORLD)
-            self._own_group = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+            self._own_group = dist.new_group(
+                members,
+                backend="gloo",
+                use_local_synchronization=True,
+                timeout=default_timeout(dist.distributed_c10d._get_object_coll_device()),
+            )
             self._ranks = Ranks(self._own_group)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

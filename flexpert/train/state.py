@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from flexpert.core.errors import CheckpointError
 from flexpert.core.seeding import derive_seed
-from flexpert.parallel.agreement import Ranks
 from flexpert.parallel.state import distribute
+from flexpert.parallel.together import Ranks
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .checks import strict_load

@@ -19,11 +19,18 @@ class Task(Protocol):
         model: what is trained.
         steps_per_epoch: batches in one pass over the data.
         tokens_per_step: tokens that enter the first layer in a step, on all ranks.
+        score: the name of the figure that tells how good the model is, in `evaluate` and in a step's metrics.
+        source: what is trained on, for people.
     """
 
     model: nn.Module
     steps_per_epoch: int
     tokens_per_step: int
+    score: str
+
+    @property
+    def source(self) -> str:
+        """See above."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for the optimiser."""
@@ -41,10 +48,19 @@ class Task(Protocol):
         """
 
     def evaluate(self) -> dict[str, float]:
-        """Figures on held-out data, "accuracy" among them; the same on every rank."""
+        """Figures on held-out data, `score` among them; the same on every rank."""
+
+    def load(self) -> Mapping[str, list[float]]:
+        """Share of the rows each expert computes on held-out data, by layer; every rank calls it."""
 
     def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write the model for users, with these tensors in place of its own where given."""
+
+    def closing(self, folder: Path) -> dict[str, Any]:
+        """More for the summary of a run, from the model saved in `folder`; on rank 0."""
+
+    def headline(self, figures: Mapping[str, Any]) -> str:
+        """The figures of `evaluate` in a phrase."""
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from flexpert.core.errors import ConfigError, DistributedError
 from flexpert.core.registry import suggest
+from flexpert.parallel.launch import init_process_group
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _REMEDY = "start the run with torchrun, which sets them all, or unset them all for one process"
@@ -116,7 +116,7 @@ def cut(first: int, end: int, index: int, parts: int) -> tuple[int, int]:
 def process_group(
     world: World, device: torch.device, *, backend: str | None = None, timeout: float = 600.0
 ) -> Iterator[None]:
-    """The default process group of torch.distributed for the time of the `with`.
+    """The default process group of torch.distributed for the time of the `with`, after restarts too.
 
     A group that exists already is used, and stays.
 
@@ -141,11 +141,11 @@ def process_group(
     if ":" not in backend and backend not in dist.Backend.backend_list:
         raise DistributedError(f"backend={backend!r}: {suggest(backend, dist.Backend.backend_list)}")
     try:
-        dist.init_process_group(
+        init_process_group(
             backend,
+            timeout=timeout,
             rank=world.rank,
             world_size=world.size,
-            timeout=timedelta(seconds=timeout),
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:

@@ -15,7 +15,7 @@ def colours(path: Path) -> int:
 
 def test_both_plots_are_pictures_with_something_on_them(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 1 / step, "accuracy": 0.5} for step in range(1, 20)]
-    learning_curve(lines, tmp_path / "curve.png", accuracy=0.9)
+    learning_curve(lines, tmp_path / "curve.png", score=0.9)
     load_map({"first": [0.25, 0.75], "second": [0.2, 0.2, 0.6]}, tmp_path / "load.png")
     assert colours(tmp_path / "curve.png") > 20
     assert colours(tmp_path / "load.png") > 20

@@ -7,9 +7,10 @@ import torch
 from torch import distributed as dist
 
 from flexpert import DistributedError, InputError
-from flexpert.parallel.all_to_all import Linear, Splits, all_to_all
+from flexpert.parallel.all_to_all import Linear, all_to_all
 from flexpert.parallel.codec import BF16, FP8
 from flexpert.parallel.group import Group
+from flexpert.parallel.splits import Splits
 from flexpert.testing import run_ranks
 from tests.parallel.transports import (
     make_algorithm,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexpert import InputError
-from flexpert.parallel.all_to_all import all_gather, all_reduce, reduce_scatter
+from flexpert.parallel.differentiable import all_gather, all_reduce, reduce_scatter
 from flexpert.testing import run_ranks
 from tests.parallel.transports import make_group, make_world
 

@@ -7,13 +7,14 @@ import torch
 
 from flexpert import InputError
 from flexpert.parallel.hierarchical import HierarchicalSplits
-from flexpert.parallel.splits import Splits, chunk_counts, chunk_rows
+from flexpert.parallel.splits import Splits, chunk_counts, chunk_of, segments
 
 COUNTS = [[0, 1, 7], [5, 0, 16]]
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 8, 20])
 def test_chunks_are_the_stated_rows_of_each_segment(degree):
+    counts = torch.tensor(COUNTS)
     starts, first = [], 0
     for n in COUNTS[0] + COUNTS[1]:
         starts.append((first, n))
@@ -25,10 +26,12 @@ def test_chunks_are_the_stated_rows_of_each_segment(degree):
             for start, n in starts
             for row in range(n * chunk // degree, n * (chunk + 1) // degree)
         ]
-        rows = chunk_rows(COUNTS, chunk, degree)
+        begin, sizes = chunk_of(counts, chunk, degree)
+        rows = segments(torch.tensor([start for start, _ in starts]).view_as(counts) + begin, sizes)
         assert rows.dtype == torch.int64
         assert rows.tolist() == want
-        assert sum(map(sum, chunk_counts(COUNTS, chunk, degree))) == len(want)
+        assert sizes.tolist() == chunk_counts(COUNTS, chunk, degree)
+        assert sum(map(sum, sizes.tolist())) == len(want)
         seen += want
     assert sorted(seen) == list(range(first))
 
@@ -37,8 +40,6 @@ def test_chunks_of_splits():
     splits = Splits(COUNTS, [[3, 3, 3], [1, 0, 1]])
     part = splits.chunk(1, 2)
     assert part == Splits([[0, 1, 4], [3, 0, 8]], [[2, 2, 2], [1, 0, 1]])
-    assert splits.sent_rows(1, 2).tolist() == chunk_rows(splits.sent, 1, 2).tolist()
-    assert splits.received_rows(1, 2).tolist() == [1, 2, 4, 5, 7, 8, 9, 10]
     relayed = HierarchicalSplits(splits.sent, splits.received, [COUNTS, COUNTS]).chunk(1, 2)
     assert relayed == HierarchicalSplits(part.sent, part.received, [part.sent, part.sent])
 
@@ -55,6 +56,21 @@ def test_chunks_that_are_none(chunk, degree):
         chunk_counts(COUNTS, chunk, degree)
 
 
-def test_no_rows():
-    assert chunk_rows([[0, 0]], 0, 1).tolist() == []
-    assert chunk_rows([[]], 0, 1).tolist() == []
+@pytest.mark.parametrize(
+    ("starts", "lengths"),
+    [
+        ([5, 0, 3, 40], [2, 3, 0, 1]),
+        ([7, 7, 2], [0, 3, 3]),  # a row may be in several
+        ([[9, 1], [4, 0]], [[1, 2], [0, 4]]),
+        ([1, 8], [0, 0]),
+        ([], []),
+        ([[], []], [[], []]),
+    ],
+)
+def test_segments_are_those_of_a_loop(starts, lengths):
+    starts, lengths = torch.tensor(starts, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
+    for first, sizes in ((starts, lengths), (starts.swapaxes(0, -1), lengths.swapaxes(0, -1))):
+        pairs = zip(first.flatten().tolist(), sizes.flatten().tolist(), strict=True)
+        index = segments(first, sizes)
+        assert index.dtype == torch.int64
+        assert index.tolist() == [start + row for start, length in pairs for row in range(length)]

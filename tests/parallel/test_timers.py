@@ -113,6 +113,37 @@ def test_a_straggler_among_ranks(shares, seconds, cause):
         assert report.link_seconds == [0.0, 0.0]
 
 
+def test_laps_pauses_and_phases_inside_phases(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timers, "clock", clock)
+
+    def take(seconds):
+        clock.now += seconds
+
+    with time_phases(torch.nn.Identity()) as mine:
+        take(1.0)
+        with timers.phase("experts", 3):
+            take(2.0)
+            with timers.phase("reduce wait"):
+                take(4.0)
+            with timers.phase("reduce wait"), timers.phase("route"):
+                take(8.0)
+            take(16.0)
+        with mine.paused():
+            take(100.0)
+            with timers.phase("experts", 5):
+                take(100.0)
+        first = mine.lap()
+        assert sum(mine.seconds.values()) == mine.rows == 0
+        take(32.0)
+        with timers.phase("experts", 1):
+            take(64.0)
+    nothing = dict.fromkeys(PHASES, 0.0)
+    assert first.seconds == nothing | {"experts": 18.0, "reduce wait": 4.0, "route": 8.0, "dense": 1.0}
+    assert mine.seconds == nothing | {"experts": 64.0, "dense": 32.0}
+    assert (first.rows, mine.rows, timers._active) == (3, 1, None)
+
+
 def test_a_threshold_that_blames_everybody_is_refused():
     with pytest.raises(InputError, match="threshold=1.0: expected a number > 1"):
         straggler_report(PhaseTimers(), None, threshold=1.0)

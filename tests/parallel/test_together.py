@@ -4,7 +4,9 @@ import pytest
 import torch.distributed as dist
 
 from flexpert.core.errors import CheckpointError, DistributedError
-from flexpert.parallel.agreement import Ranks
+from flexpert.parallel import heartbeat
+from flexpert.parallel.agree import default_store
+from flexpert.parallel.together import Ranks
 from flexpert.testing import run_ranks
 
 
@@ -40,6 +42,35 @@ def test_where_one_fails_all_raise(kind, others):
 def test_each_that_fails_raises_its_own_and_the_others_the_first():
     texts = [text for _, text, _ in run_ranks(fail_on, 3, (1, 2), CheckpointError)]
     assert texts == ["rank 1: mine is 1", "mine is 1", "mine is 2"]
+
+
+def share_unlike_values():
+    ranks = Ranks()
+    values = ranks.share({"name": "\u00e9" * 5000 * ranks.rank, "of": [ranks.rank, None, 0.1]})
+    try:
+        ranks.together(lambda: object() if ranks.rank else "text")
+    except (TypeError, RuntimeError) as error:
+        return values, str(error)
+
+
+def test_values_of_any_length_arrive_whole_and_others_are_an_error_everywhere():
+    want = [{"name": "\u00e9" * 5000 * rank, "of": [rank, None, 0.1]} for rank in range(2)]
+    words = "Object of type object is not JSON serializable"
+    assert run_ranks(share_unlike_values, 2) == [(want, f"rank 1: TypeError: {words}"), (want, words)]
+
+
+def heartbeats():
+    """Of these ranks, of others, and after it ended."""
+    rank = dist.get_rank()
+    group = dist.new_group([0, 1])
+    beat = heartbeat.Heartbeat(default_store(), rank, [0, 1], 0.5, "test")
+    found = Ranks(group).heartbeat is beat, heartbeat.heartbeat_of([0, 2])
+    beat.stop()
+    return (*found, Ranks(group).heartbeat)
+
+
+def test_a_heartbeat_of_the_ranks_is_found():
+    assert run_ranks(heartbeats, 2) == [(True, None, None)] * 2
 
 
 def of_a_part():

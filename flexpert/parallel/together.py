@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from flexpert.core.errors import CheckpointError, ConfigError, DistributedError, InputError
+
+from .group import Group
+from .heartbeat import Heartbeat, heartbeat_of
 
 Result = TypeVar("Result")
 _KINDS = {
@@ -25,46 +30,49 @@ class Ranks:
     Attributes:
         group: as given.
         rank, size: of this process in the group.
+        heartbeat: one in which these ranks take part, where there is one; it names those that are lost.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank, self.size = 0, 1
+        self._group: Group | None = None
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise DistributedError("this rank is no member of the process group it was given")
+        if self.size > 1:
+            members, everyone = dist.get_process_group_ranks(group), group or dist.group.WORLD
+            name, nodes = "ranks that work together", [0] * self.size
+            self._group = Group(name, members, everyone, nodes, heartbeat=heartbeat_of(members))
+
+    @property
+    def heartbeat(self) -> Heartbeat | None:  # noqa: D102 - above
+        return None if self._group is None else self._group.heartbeat
 
     def share(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order.
+        """The values of all ranks, in order. They travel as JSON: tuples arrive as lists.
 
         Raises:
             DistributedError: a rank is gone or too late.
+            TypeError: the value is no JSON.
         """
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(values, value, group=self.group)
-        except RuntimeError as error:
-            raise DistributedError(f"a rank is gone or too late: {error}") from error
-        return values
+        return [value] if self._group is None else _gather(self._group, json.dumps(value))
 
     def together(self, work: Callable[[], Result]) -> list[Result]:
-        """Do work on every rank, each its own; the results of all, in order.
+        """Do work on every rank, each its own; the results of all, in order, sent as `share` does.
 
         Raises what `work` raised on this rank, or else on the first rank where it failed, whose number the
         message then tells.
         """
-        if self.size == 1:
+        if self._group is None:
             return [work()]
         own: Exception | None = None
-        result: Result | None = None
         try:
-            result = work()
+            text = json.dumps([work(), None])
         except Exception as error:  # noqa: BLE001 - raised below, when the others know
-            own = error
-        told = self.share((result, None if own is None else _describe(own)))
+            own, text = error, json.dumps([None, _describe(error)])
+        told = _gather(self._group, text)
         if own is not None:
             raise own
         for rank, (_, failure) in enumerate(told):
@@ -78,6 +86,21 @@ class Ranks:
         results = self.together(lambda: work() if self.rank == 0 else None)
         value: Any = results[0]
         return value  # type: ignore[no-any-return]
+
+
+def _gather(group: Group, text: str) -> list[Any]:
+    """What the texts of all ranks mean: their lengths travel first, then all of them in equal buffers."""
+    content = bytearray(text.encode())
+    device = torch.device(dist.distributed_c10d._get_object_coll_device(group.process_group))
+    own = torch.tensor([len(content)], device=device)
+    lengths = own.new_empty(group.size)
+    group.all_gather(lengths, own)
+    buffer = torch.zeros(int(lengths.max()), dtype=torch.uint8, device=device)
+    buffer[: len(content)] = torch.frombuffer(content, dtype=torch.uint8)
+    table = buffer.new_empty(group.size * len(buffer))
+    group.all_gather(table, buffer)
+    rows = table.cpu().view(group.size, -1).numpy()
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
 def _describe(error: Exception) -> tuple[str, str]:

@@ -1,0 +1,257 @@
+"""What a machine can do, as numbers: rates, links, and the costs of each call. Plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexpert.core.errors import ConfigError
+from flexpert.core.registry import check_options
+
+FORMAT = 1  # of `Machine.to_dict`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """One class of links.
+
+    Attributes:
+        latency: seconds, one way.
+        bandwidth: bytes per second and direction: of one rank's port inside a node, of the port that all
+            ranks of a node share between nodes.
+        per_message: seconds of a processor for each message a rank sends.
+        step: seconds of one step of a ring (all-gather, reduce-scatter, all-reduce) over this link.
+        ring_bandwidth: bytes per second that rings reach on it; 0: `bandwidth`.
+        concurrency: how many times the bandwidth several exchanges under way reach together; >= 1.
+    """
+
+    latency: float
+    bandwidth: float
+    per_message: float = 0.0
+    step: float = 0.0
+    ring_bandwidth: float = 0.0
+    concurrency: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_numbers("link", self, ("latency", "per_message", "step", "ring_bandwidth"), least=0.0)
+        _check_numbers("link", self, ("bandwidth",), above=0.0)
+        _check_numbers("link", self, ("concurrency",), least=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """How fast the experts' products run, by rows of one expert.
+
+    Attributes:
+        rows: of one expert, ascending.
+        forward: floating-point operations per second of the products at these rows, forward.
+        backward: the same of the products of backward, which are twice as many.
+    """
+
+    rows: tuple[int, ...]
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rows or list(self.rows) != sorted(set(self.rows)) or self.rows[0] < 1:
+            raise ConfigError(f"rate: rows={list(self.rows)}, expected ascending integers >= 1")
+        for name in ("forward", "backward"):
+            values = getattr(self, name)
+            if len(values) != len(self.rows) or not all(math.isfinite(v) and v > 0 for v in values):
+                raise ConfigError(
+                    f"rate: {name}={list(values)}, expected {len(self.rows)} numbers > 0, as of rows"
+                )
+
+    def seconds(self, rows: float, flops: float, *, backward: bool = False) -> float:
+        """Of so many rows of one expert: between points linear in rows, so that the weights' time counts.
+
+        Up to the first point products take the time of that point; beyond the last its rate holds.
+
+        Args:
+            rows: >= 0; none take no time.
+            flops: of one row.
+            backward: which of the two.
+        """
+        if rows <= 0:
+            return 0.0
+        values = self.backward if backward else self.forward
+        if rows >= self.rows[-1]:
+            return rows * flops / values[-1]
+        times = [n / value for n, value in zip(self.rows, values, strict=True)]
+        i = bisect_left(self.rows, rows)
+        if i == 0:
+            return flops * times[0]
+        share = (rows - self.rows[i - 1]) / (self.rows[i] - self.rows[i - 1])
+        return flops * (times[i - 1] + (times[i] - times[i - 1]) * share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overheads:
+    """Seconds on one rank, alone, for what is no product and no transfer.
+
+    Attributes:
+        call, call_backward: once a pass, the first chunk included.
+        chunk, chunk_backward: of each chunk of rows after the first: indices, splits, calls.
+        token, token_backward: of the router, for each token.
+        row, row_backward: of gathering, sorting and combining, for each byte of a row.
+        collective: of issuing one collective and waiting for it.
+        relay: of a hierarchical exchange, over its messages: sorting rows for its second phase.
+    """
+
+    call: float = 0.0
+    call_backward: float = 0.0
+    chunk: float = 0.0
+    chunk_backward: float = 0.0
+    token: float = 0.0
+    token_backward: float = 0.0
+    row: float = 0.0
+    row_backward: float = 0.0
+    collective: float = 0.0
+    relay: float = 0.0
+
+    def __post_init__(self) -> None:
+        names = tuple(f.name for f in dataclasses.fields(self))
+        _check_numbers("overheads", self, names, least=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The ranks' machine.
+
+    Attributes:
+        name: of it.
+        inside, between: links of a node, and between nodes.
+        rates: by dtype ("float32"); of one rank that computes alone.
+        memory_bandwidth: bytes per second of one rank that copies alone.
+        overheads: of calls.
+        processors: that all `sharing` ranks have between them; None: each rank has its own.
+        sharing: ranks that share the processors.
+        overlap: the share of the shorter of computation and communication that hides behind the longer where
+            both go on at once; 0 to 1.
+        reduce_scatter: bytes on the links for each byte of a plain reduce-scatter; 2 where the backend makes
+            an all-reduce of it, as gloo does.
+        memory: bytes of one rank's device; 0: unknown.
+        facts: what it was measured on, or where the numbers are from.
+    """
+
+    name: str
+    inside: Link
+    between: Link
+    rates: Mapping[str, Rate]
+    memory_bandwidth: float
+    overheads: Overheads = field(default_factory=Overheads)
+    processors: float | None = None
+    sharing: int = 1
+    overlap: float = 1.0
+    reduce_scatter: float = 1.0
+    memory: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_numbers("machine", self, ("memory_bandwidth",), above=0.0)
+        _check_numbers("machine", self, ("reduce_scatter", "sharing"), least=1.0)
+        _check_numbers("machine", self, ("overlap",), least=0.0)
+        if self.overlap > 1:
+            raise ConfigError(f"machine: overlap={self.overlap!r}, expected a number from 0 to 1")
+        _check_numbers("machine", self, ("memory",), least=0.0)
+        if self.processors is not None:
+            _check_numbers("machine", self, ("processors",), above=0.0)
+        if not self.rates:
+            raise ConfigError("machine: rates={}, expected the rates of a dtype at least")
+
+    def rate(self, dtype: str) -> Rate:
+        """The rates of a dtype.
+
+        Raises:
+            ConfigError: they were not measured.
+        """
+        if dtype not in self.rates:
+            raise ConfigError(
+                f"machine {self.name!r} has no rates of {dtype} (rates: {', '.join(self.rates)}); calibrate "
+                f"with this dtype"
+            )
+        return self.rates[dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `from_dict` is its inverse."""
+        data = dataclasses.asdict(self)
+        data["rates"] = {
+            dtype: {name: list(values) for name, values in rate.items()}
+            for dtype, rate in data["rates"].items()
+        }
+        return {"format": FORMAT, **data}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Machine:
+        """A machine from plain data.
+
+        Raises:
+            ConfigError: another format, an unknown or missing key, or a bad value; the message names it.
+        """
+        data = dict(data)
+        if (found := data.pop("format", None)) != FORMAT:
+            raise ConfigError(f"machine: format={found!r}, this version reads {FORMAT}; calibrate anew")
+        _check_keys("machine", cls, data)
+        data["inside"] = _read("machine.inside", Link, data["inside"])
+        data["between"] = _read("machine.between", Link, data["between"])
+        data["overheads"] = _read("machine.overheads", Overheads, data.get("overheads", {}))
+        rates = {}
+        for dtype, rate in data["rates"].items():
+            where = f"machine.rates[{dtype}]"
+            _check_keys(where, Rate, rate)
+            rates[dtype] = _read(where, Rate, {name: tuple(values) for name, values in rate.items()})
+        return cls(**{**data, "rates": rates})
+
+    def to_json(self) -> str:
+        """The text of a file; `from_json` is its inverse."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Machine:
+        """A machine from the text of a file.
+
+        Raises:
+            ConfigError: no JSON, or what `from_dict` refuses.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"machine: not JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"machine: {type(data).__name__}, expected an object")
+        return cls.from_dict(data)
+
+
+def _read(where: str, kind: Any, data: Any) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}={data!r}: expected an object")
+    _check_keys(where, kind, data)
+    try:
+        return kind(**data)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_keys(where: str, kind: Any, data: Mapping[str, Any]) -> None:
+    fields = dataclasses.fields(kind)
+    check_options(where, data, [f.name for f in fields])
+    for f in fields:
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in data:
+            raise ConfigError(f"{where}: {f.name} is missing")
+
+
+def _check_numbers(
+    where: str, owner: Any, names: Sequence[str], *, least: float | None = None, above: float | None = None
+) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (least is not None and value < least) or (above is not None and value <= above):
+            bound = f">= {least:g}" if least is not None else f"> {above:g}"
+            raise ConfigError(f"{where}: {name}={value!r}, expected a number {bound}")

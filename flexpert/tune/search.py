@@ -1,0 +1,354 @@
+"""Finding the fastest of some plans from few, noisy measurements made while training goes on.
+
+The state is the list of measurements and nothing else: what to try next and who leads are functions of it, so
+that ranks with the same list agree, and a list that was saved goes on where it ended.
+
+Letters: r as in `ExecutionPlan`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from flexpert.core.errors import ConfigError
+from flexpert.core.plan import ExecutionPlan
+
+ROUNDS = (1, 2, 4)  # measurements that a plan needs to survive each round of the halving
+_WINDOW = 5  # of the leader's last measurements, against which a trial is judged
+_PER_R = 2  # measurements of each r that the search over r looks at
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and the seconds that the model predicts for it."""
+
+    plan: ExecutionPlan
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A measurement: which candidate, seconds, and a number that says what else was the same."""
+
+    candidate: int
+    seconds: float
+    context: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far a search may go.
+
+    Attributes:
+        trials: measurements of other plans than the leader.
+        worst: plans predicted to take more than that many times the best prediction are never run.
+        near: of plans with the best r, those predicted within that factor of the best of them are tried.
+        pool: at most so many of them.
+        noise: relative error of one measurement that is assumed at least.
+        confidence: standard errors that two plans must be apart to be told apart.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    trials: int = 16
+    worst: float = 2.0
+    near: float = 1.3
+    pool: int = 6
+    noise: float = 0.03
+    confidence: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("trials", 0), ("worst", 1), ("near", 1), ("pool", 1), ("noise", 0)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"limits: {name}={getattr(self, name)!r}, expected a number >= {least}")
+        if not self.confidence > 0:
+            raise ConfigError(f"limits: confidence={self.confidence!r}, expected a number > 0")
+
+
+@dataclass
+class Standing:
+    """What the measurements say.
+
+    Attributes:
+        leader: the candidate that runs where nothing is tried.
+        scores: of each tried candidate, log(its seconds / the seconds of the model's first choice), each from
+            a comparison with measurements of the leader around it.
+        level: the leader's own score.
+        window: log seconds of the leader's latest measurements.
+        trials: of other plans than the leader.
+        noise: relative error of one measurement.
+    """
+
+    leader: int = 0
+    level: float = 0.0
+    trials: int = 0
+    noise: float = 0.0
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    window: list[float] = field(default_factory=list)
+
+    def score(self, candidate: int) -> float:
+        """The score of the leader, or of a candidate that was tried."""
+        if candidate == self.leader:
+            return self.level
+        return statistics.median(self.scores[candidate])
+
+
+class _WantedError(Exception):
+    """The race needs another measurement of a candidate."""
+
+    def __init__(self, candidate: int) -> None:
+        self.candidate = candidate
+
+
+class Search:
+    """One search among plans for one class of workload.
+
+    Trials are compared with measurements of the leader just before them, as clocks and machines drift; each
+    trial is followed by the leader. First comes r: both ends (0 and S), and a ternary search between them, as
+    time is convex in r (Tutel, arXiv 2206.03382, section 3.3). Then successive halving among the plans with
+    the best r that the model holds for good: half of them leave in every round, those that are clearly slower
+    at once.
+
+    Args:
+        candidates: all plans that can run, with predictions; those beyond `limits.worst` are left out.
+        limits: of the search.
+        hints: plans to try although the model would not: winners of similar workloads.
+        first: what runs at first, in place of the model's best.
+
+    Attributes:
+        candidates: those that may run, best prediction first (after `first`).
+        hints: those of them that may run.
+        samples: measurements in order.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        limits: Limits | None = None,
+        hints: Sequence[ExecutionPlan] = (),
+        first: ExecutionPlan | None = None,
+    ) -> None:
+        if not candidates:
+            raise ConfigError("a search needs at least one plan")
+        self.limits = Limits() if limits is None else limits
+        ordered = sorted(candidates, key=lambda c: (c.predicted, c.plan.encode()))
+        bound = self.limits.worst * ordered[0].predicted
+        self.candidates = [c for c in ordered if c.predicted <= bound]
+        self.candidates.sort(key=lambda c: c.plan != first)
+        self._place = {c.plan: i for i, c in enumerate(self.candidates)}
+        self.hints = [plan for plan in hints if plan in self._place]
+        self.samples: list[Sample] = []
+        self._standing: Standing | None = None
+
+    def record(self, plan: ExecutionPlan, seconds: float, context: int = 0) -> None:
+        """Add a measurement of one of the candidates; of another plan, or of a settled search, it is no use.
+
+        Args:
+            plan: that ran.
+            seconds: that it took.
+            context: a number for everything else that makes a difference; plans are compared within one.
+        """
+        if plan not in self._place or not 0 < seconds < math.inf or self.settled:
+            return
+        standing = self.standing
+        self.samples.append(Sample(self._place[plan], seconds, context))
+        tail = 0  # the leader's measurements without a trial among them: no more than a window is of use
+        for sample in reversed(self.samples):
+            if sample.candidate != standing.leader or sample.context != context:
+                break
+            tail += 1
+        if tail > _WINDOW:
+            del self.samples[len(self.samples) - tail]
+        self._standing = None
+
+    def next(self, context: int = 0) -> ExecutionPlan | None:
+        """The plan to try now; None: run the leader."""
+        standing = self.standing
+        wanted = self._wanted(standing)
+        recent = self.samples[-1:] and self.samples[-1]
+        ready = (
+            recent
+            and recent.context == context
+            and recent.candidate == standing.leader
+            and len(standing.window) >= 2
+        )
+        return self.candidates[wanted].plan if wanted is not None and ready else None
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to be tried."""
+        return self._wanted(self.standing) is None
+
+    @property
+    def plan(self) -> ExecutionPlan:
+        """The best plan known: the leader while the search is on, the winner after it."""
+        standing = self.standing
+        return self.candidates[self._best(standing) if self.settled else standing.leader].plan
+
+    @property
+    def standing(self) -> Standing:
+        """What the measurements say so far."""
+        if self._standing is None:
+            self._standing = _fold(self.samples, self.limits.noise)
+        return self._standing
+
+    def errors(self) -> dict[ExecutionPlan, float]:
+        """How many times as long as predicted each measured plan took, beside the first choice."""
+        first = self.candidates[0].predicted
+        return {
+            self.candidates[i].plan: math.exp(self.standing.score(i)) * first / self.candidates[i].predicted
+            for i in {*self.standing.scores, self.standing.leader}
+        }
+
+    def half_width(self, count: int) -> float:
+        """Of the confidence interval of a score from so many measurements."""
+        return self.limits.confidence * self.standing.noise * math.sqrt(1 / max(count, 1) + 1 / _WINDOW)
+
+    def why(self) -> str:
+        """Why the best plan is the best, in a sentence."""
+        standing = self.standing
+        best, first = self._best(standing), self.candidates[0].plan
+        rivals = {i: statistics.median(s) for i, s in standing.scores.items() if i != best}
+        if best:
+            head = f"{_percent(-standing.score(best))} faster than the first choice ({describe(first)})"
+        else:
+            head = "the first choice stood" if rivals else "the first choice; nothing else was measured"
+        if not rivals:
+            return head
+        nearest = min(rivals, key=lambda i: rivals[i])
+        gap, width = rivals[nearest] - standing.score(best), self.half_width(len(standing.scores[nearest]))
+        other = f"next is {describe(self.candidates[nearest].plan)}, {_percent(gap)} slower"
+        return f"{head}; {other} ({'more' if gap > width else 'no more'} than the noise of {_percent(width)})"
+
+    def _best(self, standing: Standing) -> int:
+        """The leader, or who beats it with as many measurements as a winner needs."""
+        scores = {i: statistics.median(s) for i, s in standing.scores.items() if len(s) >= 2}
+        scores[standing.leader] = standing.level
+        return min(scores, key=lambda i: (scores[i], i))
+
+    def _wanted(self, standing: Standing) -> int | None:
+        if standing.trials >= self.limits.trials:
+            return None
+        try:
+            self._race(standing)
+        except _WantedError as wanted:
+            return wanted.candidate
+        return None
+
+    def _race(self, standing: Standing) -> None:
+        """The whole search; raises `_WantedError` at the first measurement that is missing."""
+        first_of: dict[int, int] = {}
+        for i, candidate in enumerate(self.candidates):
+            first_of.setdefault(candidate.plan.r, i)
+        values = {r: self._value(standing, i, _PER_R) for r, i in _ends(first_of).items()}
+        between = sorted(r for r in first_of if r not in values)
+        low, high = 0, len(between) - 1
+        while low <= high:
+            third = (high - low) // 3
+            left, right = between[low + third], between[high - third]
+            for r in (left, right):
+                values[r] = self._value(standing, first_of[r], _PER_R)
+            if left == right:
+                break
+            if values[left] <= values[right]:
+                high -= third + 1
+            else:
+                low += third + 1
+        best, *others = sorted(values, key=lambda r: values[r])
+        rivals = [first_of[r] for r in others if values[r] <= values[best] + self.half_width(_PER_R)]
+        self._halve(standing, [*self._pool(best), *rivals[:1], *(self._place[plan] for plan in self.hints)])
+
+    def _pool(self, r: int) -> list[int]:
+        """The model's favourites with this r."""
+        of_r = [i for i, c in enumerate(self.candidates) if c.plan.r == r]
+        bound = self.limits.near * min(self.candidates[i].predicted for i in of_r)
+        return [i for i in of_r if self.candidates[i].predicted <= bound][: self.limits.pool]
+
+    def _halve(self, standing: Standing, pool: list[int]) -> None:
+        alive = list(dict.fromkeys(pool))
+        for count in ROUNDS:
+            values = {i: self._value(standing, i, count) for i in alive}
+            alive = sorted(alive, key=lambda i: (values[i], i))[: math.ceil(len(alive) / 2)]
+            alive = [i for i in alive if not self._clearly_slower(standing, i)]
+            if len(alive) <= 1:
+                break
+        for i in alive:
+            self._value(standing, i, ROUNDS[1])  # one measurement alone makes no winner
+
+    def _value(self, standing: Standing, candidate: int, count: int) -> float:
+        """The score from at least `count` measurements, fewer where they say enough."""
+        if candidate == standing.leader:
+            return standing.level
+        scores = standing.scores.get(candidate, [])
+        if len(scores) < count and not self._clearly_slower(standing, candidate):
+            raise _WantedError(candidate)
+        return statistics.median(scores)
+
+    def _clearly_slower(self, standing: Standing, candidate: int) -> bool:
+        scores = standing.scores.get(candidate, [])
+        if candidate == standing.leader or not scores:
+            return False
+        return statistics.median(scores) - self.half_width(len(scores)) > standing.level
+
+
+def describe(plan: ExecutionPlan) -> str:
+    """A plan in a few words."""
+    if plan.r == 0:
+        return "r=0"
+    codec = "" if plan.codec == "none" else f" {plan.codec}"
+    return f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity}{codec}"
+
+
+def _ends(first_of: dict[int, int]) -> dict[int, int]:
+    """Data parallel, if it may run, and the least and the most slices at work."""
+    sliced = [r for r in first_of if r > 0]
+    return {r: i for r, i in first_of.items() if r == 0 or r in (min(sliced), max(sliced))}
+
+
+def _fold(samples: Sequence[Sample], least_noise: float) -> Standing:
+    """Go through measurements in order."""
+    standing, context = Standing(), None
+    residuals: list[float] = []
+    for sample in samples:
+        value = math.log(sample.seconds)
+        if sample.context != context:
+            context, standing.window = sample.context, []
+        usual = statistics.median(standing.window) if standing.window else None
+        if sample.candidate == standing.leader:
+            if usual is not None:
+                residuals.append(abs(value - usual))
+            standing.window = [*standing.window, value][-_WINDOW:]
+            continue
+        standing.trials += 1
+        if usual is None:
+            continue
+        scores = standing.scores.setdefault(sample.candidate, [])
+        scores.append(value - usual + standing.level)
+        if len(scores) >= 2 and statistics.median(scores) < standing.level - least_noise / 2:
+            if standing.leader not in standing.scores:
+                standing.scores[standing.leader] = [standing.level] * 2
+            standing.leader, standing.level = sample.candidate, statistics.median(scores)
+            standing.window = []
+    spread = 1.4826 * statistics.median(residuals) if residuals else 0.0
+    standing.noise = max(least_noise, spread)
+    return standing
+
+
+def _percent(log_ratio: float) -> str:
+    return f"{100 * math.expm1(abs(log_ratio)):.1f} %"
+
+
+def corrected(candidates: Sequence[Candidate], errors: dict[ExecutionPlan, float]) -> list[Candidate]:
+    """The candidates with the errors of a similar search taken out of their predictions.
+
+    Plans that were not measured there err as those with the same r did, in the median.
+    """
+    by_r: dict[int, list[float]] = {}
+    for plan, error in errors.items():
+        by_r.setdefault(plan.r, []).append(error)
+    usual = {r: statistics.median(values) for r, values in by_r.items()}
+    return [Candidate(c.plan, c.predicted * errors.get(c.plan, usual.get(c.plan.r, 1.0))) for c in candidates]
