@@ -179,8 +179,9 @@ def main() -> None:
         lines += summary(label, found["rows"])
         rows += found["rows"]
         print(label, f"calibrated in {found['seconds']:.1f} s", file=sys.stderr, flush=True)
-    memory = [] if options.no_memory else peaks()
-    write(options.output, facts, clusters, lines, rows, memory)
+    write(options.output, facts, clusters, lines, rows, [])  # what there is, should memory fail
+    if not options.no_memory:
+        write(options.output, facts, clusters, lines, rows, peaks())
 
 
 def peaks() -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tempfile
 import time
 import zlib
 from collections.abc import Sequence
@@ -219,9 +218,9 @@ def store(machine: Machine, path: Path | None = None) -> Path:
     """
     path = machine_file(dict(machine.facts)) if path is None else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(machine.to_json())
-    Path(file.name).replace(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(machine.to_json(), encoding="utf-8")
+    partial.replace(path)
     return path
 
 
