@@ -1,6 +1,6 @@
 """Tokens per second of whole models with each experts implementation, in training and in decoding.
 
-    python -m benchmarks.transformers [--rounds 5] [--models OLMoE-like ...] [--output FOLDER]
+    python -m benchmarks.transformers [--rounds 3] [--models OLMoE-like ...] [--output FOLDER]
 
 All implementations of one row run in turns within one process, on the same model and input; figures are
 medians over the rounds, of which one that takes seconds gets a single one. `no experts` is the model without
@@ -163,7 +163,7 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     return (
         f"Tokens per second, medians of {facts['rounds']} rounds in turns, on {facts['cpu']} with "
         f"{facts['threads']} threads, PyTorch {facts['torch']}, transformers {facts['transformers']}. "
-        f"Models: 4 layers, D 512; 8 experts of F 1792, top-2; 64 of F 256, top-8; 128 of F 192, top-8.\n\n"
+        f"Models: 2 layers, D 512; 8 experts of F 1792, top-2; 64 of F 256, top-8; 128 of F 192, top-8.\n\n"
         f"{table(rows)}\n\n"
         f"Training is forward, backward and SGD on 512 tokens (batched_mm: 32, as it copies the weights of "
         f"every choice; a step of more than {SLOW:.0f} s is measured once); decoding is one step with a KV "
@@ -175,7 +175,7 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
 def main() -> None:
     """Run, print the table, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"))
     options = parser.parse_args()

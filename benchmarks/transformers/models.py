@@ -17,7 +17,7 @@ from transformers import (
 VOCABULARY = 4096
 COMMON = {
     "hidden_size": 512,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "vocab_size": VOCABULARY,

@@ -24,8 +24,9 @@ PLANS = (
     ExecutionPlan(r=1, algorithm="2dh"),
     ExecutionPlan(r=1, capacity="padded"),
 )
-DIMS = ((512, 1024, 2048, False), (256, 768, 4096, True))
+DIMS = ((512, 640, 6144, False), (256, 768, 5120, True))
 CASES = [(plan, dims) for plan in PLANS for dims in DIMS]
+ALONE = [CASES.index((ExecutionPlan(r=1), dims)) for dims in DIMS]  # that one rank can run, too
 
 
 def mib(key: str) -> float:
@@ -46,7 +47,7 @@ def peak_of_step(case: int) -> dict[str, Any]:
     measured, parts = _step(mesh, plan, model_dim, hidden_dim, tokens, gated)
     table = torch.empty(dist.get_world_size(), dtype=torch.float64)
     dist.all_gather_single(table, torch.tensor([measured], dtype=torch.float64))
-    words = f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity}"
+    words = f"{dist.get_world_size()} ranks, r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity}"
     return {
         "plan": f"{words}, D {model_dim}, F {hidden_dim}{', gated' if gated else ''}",
         "tokens": tokens,

@@ -29,7 +29,7 @@ from flexpert.parallel import ExecutionPlan, ExpertMesh, expert_mesh, paralleliz
 from flexpert.tune import LayerShape, Machine, Workload, predict
 from flexpert.tune.calibrate import calibrate
 
-from .memory import CASES, peak_of_step
+from .memory import ALONE, CASES, peak_of_step
 
 RESULTS = Path(__file__).parent / "results"
 PATIENCE = 600.0
@@ -185,9 +185,11 @@ def main() -> None:
 
 def peaks() -> list[dict[str, Any]]:
     """Memory of a step under a few plans, on ranks of their own."""
-    with Cluster(nodes=2, ranks=2) as cluster:
-        timeouts = {"timeout": PATIENCE, "collective_timeout": PATIENCE}
-        return [cluster.run(peak_of_step, case, **timeouts)[0] for case in range(len(CASES))]
+    timeouts, rows = {"timeout": PATIENCE, "collective_timeout": PATIENCE}, []
+    for nodes, local, cases in ((1, 1, ALONE), (2, 2, range(len(CASES)))):
+        with Cluster(nodes=nodes, ranks=local) as cluster:
+            rows += [cluster.run(peak_of_step, case, **timeouts)[0] for case in cases]
+    return rows
 
 
 def write(

@@ -13,9 +13,35 @@ from contextlib import contextmanager
 import flexpert
 from flexpert.core.errors import FlexpertError
 
-from . import bench, build, calibrate, doctor, emulate, evaluate, generate, train, tune
+from . import (
+    bench,
+    build,
+    calibrate,
+    convert,
+    doctor,
+    emulate,
+    evaluate,
+    generate,
+    plan,
+    simulate,
+    train,
+    tune,
+)
 
-COMMANDS = (train, evaluate, generate, bench, emulate, calibrate, tune, build, doctor)
+COMMANDS = (
+    train,
+    evaluate,
+    generate,
+    bench,
+    emulate,
+    convert,
+    tune,
+    calibrate,
+    simulate,
+    plan,
+    build,
+    doctor,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

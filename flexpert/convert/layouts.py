@@ -39,7 +39,8 @@ def choose_mlps(model: nn.Module, layers: Choice) -> dict[str, tuple[Place, Dens
     `...intermediate`.
 
     Raises:
-        ConfigError: the predicate or one of the globs names nothing, or nothing that is a known MLP.
+        ConfigError: the predicate or one of the globs names nothing, or nothing that is a known MLP; or an
+            MLP shares its weights with another.
     """
     found, unknown = _read_all(model, matcher(layers))
     for part in [layers] if isinstance(layers, str) or callable(layers) else layers:
@@ -50,7 +51,23 @@ def choose_mlps(model: nn.Module, layers: Choice) -> dict[str, tuple[Place, Dens
             ]
             matched = [unknown.get(name, f"{name} ({describe(module)})") for name, module in modules]
             raise ConfigError(_nothing(model, part, matched))
+    for place, _ in found.values():
+        _refuse_shared(model, place)
     return found
+
+
+def _refuse_shared(model: nn.Module, place: Place) -> None:
+    """Raise `ConfigError` where others use the MLP's parameters too: experts would part what is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for path in (*place.first, place.last):
+        for parameter in model.get_submodule(path).parameters():
+            if len(same := names[id(parameter)]) > 1:
+                raise ConfigError(
+                    f"{same[0]} and {same[1]} are one parameter, which a conversion would part; give each "
+                    f"module weights of its own first"
+                )
 
 
 def _read_all(

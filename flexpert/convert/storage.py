@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from flexpert.core.errors import CheckpointError, ConfigError
 from flexpert.layer import MoE
 
+from .card import conversion_card
 from .conversion import update_structure
 from .reading import shorten
 from .structure import Layer, Structure, check_places, get_structure, has_config, install
@@ -38,7 +39,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """Write a converted model to a new folder: whole, or not at all.
 
     A model of transformers gets its config.json (with the conversion in it) and generation config; any other
-    a `flexpert.json`.
+    a `flexpert.json`. Both get a model card, README.md.
 
     Raises:
         ConfigError: the folder exists, or the model was not converted.
@@ -54,6 +55,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     try:
         _write_config(model, structure, temporary)
+        card = conversion_card(model, structure, built_from_config=has_config(model))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         tensors = {name: tensor.detach().contiguous() for name, tensor in _own_tensors(model).items()}
         marks = {"format": "pt", _MARK: structure.digest}
         save_file(tensors, temporary / WEIGHTS, metadata=marks)

@@ -47,7 +47,7 @@ _OPERATORS = {
     name: getattr(OPERATORS, name).default
     for name in ("assign", "grouped_mlp", "grouped_mlp_packed", "route", "router_logits")
 }
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, type(None)}
 
 
 def _call(name: str, *args: Any) -> Any:
@@ -70,7 +70,7 @@ def _is_unwatched(args: tuple[Any, ...]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or not args[0].is_cpu:
         return False
-    return all(type(arg) in _PLAIN or not isinstance(arg, Tensor) for arg in args)
+    return _PLAIN.issuperset(map(type, args))
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -96,7 +97,7 @@ class ExpertMesh:
         self.algorithms: dict[str, Algorithm] = {"linear": Linear(self.whole)}
         self.why_not_2dh = self._build_2dh()
 
-    @property
+    @cached_property
     def legal_r(self) -> tuple[int, ...]:
         """The values of r that a plan may have: 0 and the divisors of S."""
         return (0, *sorted(self.blocks))
@@ -228,7 +229,7 @@ def expert_mesh(
     }
     warn_of_stale_store()
     name = agree("expert_mesh", facts, members, limit)
-    shape = _shape(num_experts, len(members), replicas, slices)
+    shape = mesh_shape(num_experts, len(members), replicas, slices)
     beat = heartbeat_for(default_store(), members, heartbeat, name)
     mesh = ExpertMesh(num_experts, members, shape, per_node, device, limit, beat)
     if beat is not None:
@@ -258,7 +259,14 @@ def _check_ranks(members: list[int]) -> None:
         raise DistributedError(f"rank {dist.get_rank()} is not part of the mesh of ranks {members}")
 
 
-def _shape(num_experts: int, world: int, replicas: int, slices: int | None) -> tuple[int, int, int]:
+def mesh_shape(
+    num_experts: int, world: int, replicas: int = 1, slices: int | None = None
+) -> tuple[int, int, int]:
+    """(replicas, expert ranks, slices) that `expert_mesh` makes of so many ranks.
+
+    Raises:
+        ConfigError: numbers that do not divide each other; the message lists the legal ones.
+    """
     for name, value in (("num_experts", num_experts), ("replicas", replicas), ("slices", slices or 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name}={value!r}: expected an integer >= 1")

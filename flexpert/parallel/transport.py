@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .layout import check_bank, check_bank_allows
 from .mesh import ExpertMesh
 from .pending import named
 from .pipeline import Exchange, run
-from .splits import Splits
+from .routes import Routes
 from .switch import counts_by_rank, even_counts, starts_by_rank, weights_for
 from .timers import phase
 
@@ -47,6 +48,8 @@ class ExpertParallel:
     def __init__(self, name: str, mesh: ExpertMesh, plan: AnyPlan, verify: bool = True) -> None:
         self.name, self.mesh, self.plan, self.verify = name, mesh, plan, verify
         self.chooser: PlanChooser | None = None
+        # Of the last few shapes: what small calls would else spend their time on.
+        self.even_routes = lru_cache(maxsize=8)(self._even_routes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
         """The same object: process groups are shared, not copied."""
@@ -68,6 +71,13 @@ class ExpertParallel:
         for name, bank in experts.groups().items():
             if bank.remote:
                 check_bank_allows(plan, bank, f"{self.name}.{name}" if name else self.name, self.mesh)
+
+    def _even_routes(self, rows: int, num_experts: int, r: int, algorithm: str, degree: int) -> Routes:
+        """Of buffers of `rows` rows for every expert."""
+        matrix = even_counts(rows, num_experts, self.mesh, r)
+        splits = self.mesh.algorithms[algorithm].known(matrix)
+        full_E = torch.full((num_experts,), rows, dtype=torch.int64)
+        return Routes(splits, starts_by_rank(full_E, self.mesh), degree, r <= 1)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # counts decide what is sent
     def __call__(
@@ -149,12 +159,11 @@ class _Call:
                 y_NO = _rows(_Bound(self.bank, None), rows_ND, counts_E, weights)
             return y_NO if len(rows_ND) else _anchored(y_NO, weights)
         if not padded:
-            return self._travel(rows_ND, counts_E, splits, weights)
+            routes = Routes(splits, starts_by_rank(counts_E, mesh), plan.degree, plan.r <= 1)
+            return self._travel(rows_ND, routes, weights)
         return self._travel_padded(rows_ND, counts_E, agreed, weights)
 
-    def _travel(
-        self, rows_ND: Tensor, counts_E: Tensor, splits: Splits, weights: dict[str, Tensor]
-    ) -> Tensor:
+    def _travel(self, rows_ND: Tensor, routes: Routes, weights: dict[str, Tensor]) -> Tensor:
         mesh, plan = self.transport.mesh, self.plan
         bound = _Bound(self.bank, None if self.bank.layout() else mesh.experts_of(self.bank.num_experts))
 
@@ -164,13 +173,10 @@ class _Call:
         exchange = Exchange(
             name=self.name,
             algorithm=mesh.algorithms[plan.algorithm],
-            splits=splits,
-            starts_PE=starts_by_rank(counts_E, mesh),
-            degree=plan.degree,
+            routes=routes,
             codec=plan.codec,
             compute=compute,
             output_dim=self.bank.output_dim,
-            in_order=plan.r <= 1,
         )
         return run(exchange, rows_ND, list(weights.values()))
 
@@ -178,7 +184,7 @@ class _Call:
         self, rows_ND: Tensor, counts_E: Tensor, capacity: int, weights: dict[str, Tensor]
     ) -> Tensor:
         """With every expert's rows in a buffer of `capacity` rows, the rest of it 0."""
-        mesh, num_experts = self.transport.mesh, self.bank.num_experts
+        num_experts, plan = self.bank.num_experts, self.plan
         rank_N = torch.arange(rows_ND.shape[0]) - torch.repeat_interleave(
             counts_E.cumsum(0) - counts_E, counts_E
         )
@@ -187,10 +193,8 @@ class _Call:
         buffer_ND = rows_ND.new_zeros(num_experts * capacity, rows_ND.shape[1]).index_copy(
             0, place_N, rows_ND
         )
-        matrix = even_counts(capacity, num_experts, mesh, self.plan.r)
-        splits = mesh.algorithms[self.plan.algorithm].known(matrix)
-        full_E = torch.full((num_experts,), capacity, dtype=torch.int64)
-        return self._travel(buffer_ND, full_E, splits, weights).index_select(0, place_N)
+        routes = self.transport.even_routes(capacity, num_experts, plan.r, plan.algorithm, plan.degree)
+        return self._travel(buffer_ND, routes, weights).index_select(0, place_N)
 
     def _meet(self, rows_ND: Tensor, counts_E: Tensor, capacity: int | None) -> tuple[int, Any]:
         """Exchange counts, capacity and what must be equal: (capacity of all ranks, splits)."""

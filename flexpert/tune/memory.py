@@ -87,5 +87,7 @@ def _travelling_rows(shape: LayerShape, plan: ExecutionPlan, workload: Workload)
     # Gradients of results: of own rows, in order of sending where that is another, as they arrive; then of
     # the rows that arrived, by row and summed.
     copies = plan.r if plan.r > 1 or plan.degree > 1 else 0
+    copies += 2 * plan.r * (plan.algorithm != "linear")  # aligned for each of the two phases
+    copies += plan.capacity == "padded"  # in a buffer, and as they were
     buffers = own * shape.output_dim * (1 + copies) + arrived * shape.output_dim
     return kept, buffers + 2 * -(-arrived // plan.degree) * shape.model_dim

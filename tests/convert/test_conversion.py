@@ -123,6 +123,23 @@ def test_only_what_is_named_is_converted(make_case):
         convert(case.model, case.glob, Clone(num_experts=2))
 
 
+def test_generation_with_a_cache(make_case):
+    case = make_case("llama")
+    options = {"input_ids": case.batch["input_ids"], "max_new_tokens": 8, "do_sample": False}
+    options |= {"attention_mask": torch.ones_like(options["input_ids"])}
+    want = case.model.generate(**options)
+    convert(case.model, case.glob, Granular(copies=3, pieces_per_copy=4))
+    assert torch.equal(case.model.generate(**options), want)
+
+
+def test_frozen_mlps_become_experts_that_learn(make_case):
+    case = make_case("llama")
+    case.model.requires_grad_(False)
+    convert(case.model, case.glob, Clone(num_experts=2))
+    learning = {name.split(".")[3] for name, p in case.model.named_parameters() if p.requires_grad}
+    assert learning == {"mlp"}
+
+
 def test_dropout_of_the_output_stays(make_case):
     case = make_case("gpt2")
     convert(case.model, case.glob, Clone(num_experts=2))

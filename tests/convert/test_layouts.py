@@ -70,3 +70,16 @@ def test_a_near_mlp_says_why_it_is_none():
         names(model, "odd")
     with pytest.raises(ConfigError, match="layers=the predicate matches no MLP of a known layout, only odd"):
         names(model, lambda name, module: isinstance(module, Odd))
+
+
+def test_weights_that_are_tied_are_not_parted(make_case):
+    model = make_case("plain").model
+    model.blocks[1] = model.blocks[0]
+    with pytest.raises(
+        ConfigError, match="blocks.0.0.weight and blocks.1.0.weight are one parameter, which a conv"
+    ):
+        names(model, "blocks.0")
+    model = make_case("plain").model
+    model.blocks[1][2].bias = model.blocks[0][2].bias
+    with pytest.raises(ConfigError, match="blocks.0.2.bias and blocks.1.2.bias are one parameter"):
+        names(model, "blocks.1")

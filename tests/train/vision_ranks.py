@@ -98,7 +98,8 @@ def step(folder, settings):
 def measure(folder, settings, batch_size):
     """Evaluation and load before the first step."""
     with started(folder, settings) as (task, _):
-        return task.evaluate(batch_size=batch_size), task.load()
+        task.evaluation_batch = batch_size
+        return task.evaluate(), task.load()
 
 
 def decide(texts):

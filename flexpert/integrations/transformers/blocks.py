@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from flexpert.core.errors import ConfigError
+from flexpert.layer import MoE
 
 from .layout import is_experts
 
@@ -50,6 +51,8 @@ def experts_of(model: nn.Module) -> dict[str, Any]:
 def blocks_of(model: nn.Module) -> list[Block]:
     """The blocks of a model, in order: modules with a child `experts` and a child that is its router.
 
+    Flexpert's own layers are none of them: `routing_scope` watches those.
+
     Raises:
         ConfigError: the model has no routed experts, or a block has no module that is its router.
     """
@@ -57,7 +60,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
     for name, module in model.named_modules():
         children = dict(module.named_children())
         router = next((children[own] for own in _ROUTERS if own in children), None)
-        if router is not None and "experts" in children:
+        if router is not None and "experts" in children and not isinstance(module, MoE):
             blocks.append(Block(name=name, block=module, router=router, experts=children["experts"]))
     if not blocks:
         name, experts = next(iter(experts_of(model).items()))

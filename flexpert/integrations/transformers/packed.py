@@ -172,15 +172,13 @@ def why_not(experts: Any, uses: Counter[int]) -> str | None:
     """None where the weights of an experts module can be packed, else why not."""
     if fused_activation(experts) is None:
         return f"the layout, gate or activation of {type(experts).__name__} has no packed form"
-    for name in (first_name(experts), "down_proj"):
-        weight = experts._parameters.get(name)
+    weights = {name: experts._parameters.get(name) for name in (first_name(experts), "down_proj")}
+    for name, weight in weights.items():
         if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
             return f"{name} is not a plain parameter"
         if uses[id(weight)] > 1:
             return f"{name} is shared with another module"
-        if (reason := packing.why_not(weight.device, weight.dtype)) is not None:
-            return reason
-    return None
+    return packing.why_not(experts.down_proj.device, experts.down_proj.dtype)
 
 
 def unpack(model: nn.Module) -> None:

@@ -62,3 +62,9 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 def tokens(batch: int = 2, length: int = 9) -> torch.Tensor:
     """Token ids, none of which is padding."""
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def checkpoint(model: nn.Module, **options: object) -> None:
+    """Turn activation checkpointing on; releases differ in its name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None)

@@ -7,16 +7,13 @@ import sys
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="5.23")
-
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from flexpert import ConfigError
 from flexpert.integrations.transformers import RouterProbe, enable
 from flexpert.integrations.transformers.blocks import experts_of
 from flexpert.testing import assert_close, relative_error
-from tests.integrations.transformers.models import NAMES, build, tokens
+from tests.integrations.transformers.models import NAMES, build, checkpoint, tokens
 
 
 def step(model, implementation, dtype=None):
@@ -42,7 +39,7 @@ def test_a_training_step_is_that_of_eager(name, checkpointed):
     model = build(name).train()
     want = step(model, "eager")
     if checkpointed:
-        model.activation_checkpointing_enable()
+        checkpoint(model)
     got = step(model, "flexpert")
     assert got.keys() == want.keys()
     for key, value in want.items():

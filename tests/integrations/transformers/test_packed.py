@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="5.23")
-
 from transformers import AutoModelForCausalLM
 
 from flexpert import ConfigError, InputError
-from flexpert.integrations.transformers import enable, prepack, unpack
+from flexpert.integrations.transformers import RouterProbe, enable, prepack, unpack
 from flexpert.integrations.transformers.packed import PackedExperts
 from flexpert.ops import packing
 from flexpert.testing import assert_close
@@ -40,8 +38,10 @@ def packed_model(name):
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3"])
 def test_results_and_state_are_those_of_the_model(name):
     model, want, state = packed_model(name)
-    with torch.no_grad():
+    enable(model)  # nothing is left to do
+    with torch.no_grad(), RouterProbe(model) as probe:
         assert_close(model(tokens()).logits, want, 1e-2)
+    assert probe.stats
     after = model.state_dict()
     assert set(after) == set(state)
     assert all(torch.equal(after[key], value) for key, value in state.items())
@@ -77,6 +77,19 @@ def test_decoding_saving_and_loading(tmp_path):
     changed = {key: value + 1 if "experts" in key else value for key, value in state.items()}
     model.load_state_dict(changed)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in changed.items())
+
+
+@needs_packing
+def test_compiles_as_one_graph_and_can_be_copied():
+    model, _, _ = packed_model("olmoe")
+    experts = copy.deepcopy(model).model.layers[0].mlp.experts
+    x, ids = torch.randn(3, 32).to(BF16), torch.tensor([[0, 1], [7, 2], [3, 4]])
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        got, want = (
+            f(x, ids, torch.full((3, 2), 0.5)) for f in (compiled, model.model.layers[0].mlp.experts)
+        )
+    assert torch.equal(got, want)
 
 
 @needs_packing
