@@ -29,7 +29,8 @@ from .drift import Drift
 from .gather import Gatherer, News, Seen
 from .log import PlanLog, Plans
 from .report import report
-from .search import Candidate, Limits, Search, corrected, describe
+from .search import Limits, Search, corrected, describe
+from .shortlist import shortlist
 from .workload import LayerShape, Workload
 
 _log = logging.getLogger("flexpert")
@@ -333,7 +334,7 @@ class Tuner:
             return
         layer, seen = self.layers[name], self._known[name]
         workload = workload_of(layer.shape, seen)
-        found = [Candidate(plan, self._cost(layer.shape, plan, workload)) for plan in layer.plans]
+        found = shortlist(layer.plans, lambda plan: self._cost(layer.shape, plan, workload))
         similar = self.dictionary.nearest(*key)
         if similar:
             found = corrected(found, similar[0].errors())
