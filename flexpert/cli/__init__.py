@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import flexpert
 from flexpert.core.errors import FlexpertError
 
-from . import bench, build, doctor, emulate, evaluate, generate, train
+from . import bench, build, doctor, emulate, evaluate, generate, inspect, train
 
-COMMANDS = (train, evaluate, generate, bench, emulate, build, doctor)
+COMMANDS = (train, evaluate, generate, inspect, bench, emulate, build, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:
