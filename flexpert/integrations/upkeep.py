@@ -162,10 +162,8 @@ def own_loss(model: nn.Module, wanted: bool) -> str | None:
         if hasattr(module, "weighted_balance_loss") and getattr(config, "balance_weight", 0):
             own = type(module).__name__
         for part in (config, getattr(config, "text_config", None)):
-            adds = getattr(part, "output_router_logits", False) and getattr(
-                part, "router_aux_loss_coef", None
-            )
-            if wanted and adds:
+            weight = getattr(part, "router_aux_loss_coef", None)
+            if wanted and weight and getattr(part, "output_router_logits", False):
                 raise ConfigError(
                     f"{type(module).__name__} adds the balance loss of transformers to its own loss "
                     f"(config.output_router_logits=True), which calls layers balanced that are not: set it "

@@ -59,14 +59,21 @@ def load_map(load: Mapping[str, Sequence[float]], path: Path) -> None:
     rows = [[share * len(shares) for share in shares] for shares in load.values()]
     width = max(len(row) for row in rows)
     padded = [row + [float("nan")] * (width - len(row)) for row in rows]
-    figure, axes = plt.subplots(figsize=(2 + 0.6 * width, 1.5 + 0.5 * len(rows)), layout="constrained")
-    image = axes.imshow(
-        padded, cmap="viridis", vmin=0, vmax=max(2.0, *(max(row) for row in rows)), aspect="auto"
-    )
-    for y, row in enumerate(rows):
+    wide = width > 32  # no room for numbers
+    size = (16, 1.5 + 0.2 * len(rows)) if wide else (2 + 0.6 * width, 1.5 + 0.5 * len(rows))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    top = max(2.0, *(max(row) for row in rows))
+    image = axes.imshow(padded, cmap="viridis", vmin=0, vmax=top, aspect="auto")
+    for y, row in enumerate([] if wide else rows):
         for x, value in enumerate(row):
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white", fontsize=8)
-    axes.set(xlabel="expert", xticks=range(width), yticks=range(len(rows)), yticklabels=list(load))
+            color = "black" if value > 0.7 * top else "white"
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+    axes.set(
+        xlabel="expert",
+        xticks=range(0, width, 8 if wide else 1),
+        yticks=range(len(rows)),
+        yticklabels=list(load),
+    )
     axes.set_title("load of each expert (1 = even share)")
     figure.colorbar(image)
     figure.savefig(path, dpi=120)
