@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import flexpert
 from flexpert.core.errors import FlexpertError
 
-from . import bench, build, doctor, emulate, evaluate, plan, simulate, train
+from . import bench, build, calibrate, doctor, emulate, evaluate, plan, simulate, train
 
-COMMANDS = (train, evaluate, bench, emulate, simulate, plan, build, doctor)
+COMMANDS = (train, evaluate, bench, emulate, calibrate, simulate, plan, build, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:
