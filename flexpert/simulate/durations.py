@@ -45,7 +45,9 @@ class Durations:
 
     def products(self, flops: float, rows: float, dtype: str, backward: bool = False) -> float:
         """Products of so many operations over so many rows at once."""
-        return self.flat(flops / self.machine.rate(dtype).at(rows, backward=backward)) if flops else 0.0
+        if not flops or not rows:
+            return 0.0
+        return self.flat(self.machine.rate(dtype).seconds(rows, flops / rows, backward=backward))
 
     def copies(self, size: float) -> float:
         """Reading and writing so many bytes."""
@@ -58,12 +60,7 @@ class Durations:
         rate = self.machine.rate(shape.dtype)
         flops = shape.flops_per_row / max(plan.r, 1) * (2 if backward else 1)
         values, inverse = torch.unique(rows_PC, return_inverse=True)
-        times = [
-            n * fraction * flops / rate.at(n * fraction, backward=backward) + self.machine.overheads.expert
-            if n
-            else 0.0
-            for n in values.tolist()
-        ]
+        times = [rate.seconds(n * fraction, flops, backward=backward) for n in values.tolist()]
         time_P = torch.tensor(times, dtype=torch.float64)[inverse].sum(1)
         return self.uneven(time_P.repeat(shape.replicas))
 
@@ -77,23 +74,18 @@ class Durations:
         between_W = self._port(torch.maximum(there.between_W, back.between_W) * fraction)
         replica_W = self.alone_W // shape.ranks
         start = self.flat(machine.overheads.collective)
-        work_W = self.uneven(
-            fraction * (there.inside_W * machine.inside.per_byte + there.between_W * machine.between.per_byte)
-        )
         wire_W = inside_W / machine.inside.bandwidth
         if algorithm == "linear":
             messages = (min(local, shape.ranks) - 1) * machine.inside.per_message
             messages += (shape.ranks - min(local, shape.ranks)) * machine.between.per_message
             latency = machine.between.latency if nodes > 1 else machine.inside.latency
-            work_W = work_W + self.flat(messages)
-            return [
-                Stage(start + latency + torch.maximum(work_W, torch.maximum(wire_W, between_W)), replica_W)
-            ]
+            longest_W = torch.maximum(wire_W, between_W).clamp(min=self.flat(messages))
+            return [Stage(start + latency + longest_W, replica_W)]
         # Aligned before each of the two stages: every byte is read and written.
         copied_W = (there.inside_W + there.between_W) * fraction * 2 / machine.memory_bandwidth
         first = self.flat((local - 1) * machine.inside.per_message)
         second = self.flat((nodes - 1) * machine.between.per_message)
-        inner_W = start + machine.inside.latency + copied_W + torch.maximum(wire_W, work_W.clamp(min=first))
+        inner_W = start + machine.inside.latency + copied_W + wire_W.clamp(min=first)
         outer_W = start + machine.between.latency + copied_W + between_W.clamp(min=second)
         place_W = replica_W * local + self.alone_W % shape.ranks % local
         inner = replica_W * self.cluster.nodes + self.node_W
@@ -108,12 +100,14 @@ class Durations:
         crosses = members > on_node
         # One of a group's ranks on a node sends to the next node; rings share that part.
         port_W = self._port(torch.where(crosses, size_W / on_node, torch.zeros_like(size_W)))
-        wire_W = torch.maximum(torch.where(on_node > 1, size_W / machine.inside.bandwidth, 0.0), port_W)
-        steps = torch.log2(members.double()).ceil()
-        latency = torch.where(crosses, machine.between.latency, machine.inside.latency) * steps
-        link = torch.where(crosses, machine.between.per_byte, machine.inside.per_byte)
-        seconds_W = self.flat(machine.overheads.collective) + latency
-        seconds_W = seconds_W + factor * torch.maximum(wire_W, self.uneven(size_W * link))
+        rings = [link.ring_bandwidth or link.bandwidth for link in (machine.inside, machine.between)]
+        port_W = port_W * machine.between.bandwidth / rings[1]
+        wire_W = torch.maximum(torch.where(on_node > 1, size_W / rings[0], 0.0), port_W)
+        # A ring takes a step for each member but one, a tree the logarithm of it there and back.
+        steps = torch.minimum(members - 1, 2 * torch.log2(members.double()).ceil())
+        step = [link.step or link.latency for link in (machine.inside, machine.between)]
+        latency = torch.where(crosses, step[1], step[0]) * steps
+        seconds_W = self.flat(machine.overheads.collective) + latency + factor * wire_W
         return Stage(torch.where((members > 1) & (size_W > 0), seconds_W, 0.0), group_W)
 
     def all_reduce(self, size: float, group_W: Tensor) -> Stage:

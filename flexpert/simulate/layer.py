@@ -10,7 +10,8 @@ import torch
 from flexpert.core.plan import ExecutionPlan
 from flexpert.parallel.predict import Part, Transfer, averaging_group, gathering_group
 from flexpert.tune import LayerShape, Workload
-from flexpert.tune.cost import computed_rows, rank_bytes, transfers_of_plan
+from flexpert.tune.cost import rank_bytes, transfers_of_plan
+from flexpert.tune.step import computed_rows
 from flexpert.tune.workload import DTYPES
 
 from .clocks import Arrival, Clocks, Stage
@@ -58,6 +59,7 @@ class LayerCall:
         """The same in reverse, then the gradients of gathered parameters."""
         overheads = self.machine.overheads
         clocks.compute("calls", self.durations.flat(overheads.call_backward))
+        clocks.compute("router", self.durations.flat(overheads.token_backward * self.tokens))
         self._pipeline(clocks, backward=True)
         self.scatter(clocks)
 
@@ -78,7 +80,10 @@ class LayerCall:
     def _pipeline(self, clocks: Clocks, backward: bool) -> None:
         """All chunks set out; each is computed when it is there, and sent back when it is computed."""
         durations, overheads = self.durations, self.machine.overheads
-        copies = durations.flat(overheads.row * self.row_bytes)
+        each = overheads.row_backward if backward else overheads.row
+        copies = (
+            durations.flat(each * self.row_bytes) / 2
+        )  # half of it on the way there, half on the way back
         clocks.compute("encode", copies)
         if self.plan.r == 0:
             clocks.compute("experts", self._experts(backward))
@@ -87,9 +92,11 @@ class LayerCall:
         out, home = self._exchanges(backward)
         sent, returning, chunks = [], [], range(self.chunks)
         for chunk in chunks:
-            clocks.compute("chunks", durations.flat(overheads.chunk), chunk=chunk)
+            if chunk:
+                issue = overheads.chunk_backward if backward else overheads.chunk
+                clocks.compute("chunks", durations.flat(issue), chunk=chunk)
             sent.append(clocks.send("dispatch", out, chunk=chunk))
-        interference = self.machine.interference if self.chunks > 1 else 1.0
+        interference = 2 - self.machine.overlap if self.chunks > 1 else 1.0
         seconds_W = self._experts(backward)
         for chunk in chunks:
             clocks.wait(sent[chunk])

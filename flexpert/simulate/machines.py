@@ -9,7 +9,7 @@ bandwidth of 235.7 GB/s, 23.94 GB/s of InfiniBand for each of eight devices, 5.5
 Latencies are those by which NCCL 2.10, the paper's version, predicts its own rings (src/graph/tuning.cc,
 "Simple" protocol): 3.4 us over NVLink, 9.6 us over the network, 8.4 us for any collective. A message costs a
 rank one such latency, since NCCL serves its peers one after the other.
-Interference: NCCL occupies 16 of the 108 multiprocessors.
+Overlap: NCCL occupies 16 of the 108 multiprocessors, by which products take longer meanwhile.
 """
 
 from __future__ import annotations
@@ -83,19 +83,21 @@ def preset(name: str) -> Machine:
     launch = 5.5e-6
     return Machine(
         name=name,
-        inside=Link(latency=3.4e-6, bandwidth=data.inside, per_message=3.4e-6),
-        between=Link(latency=9.6e-6, bandwidth=data.between, per_message=9.6e-6),
+        inside=Link(latency=3.4e-6, bandwidth=data.inside, per_message=3.4e-6, step=3.4e-6),
+        between=Link(latency=9.6e-6, bandwidth=data.between, per_message=9.6e-6, step=9.6e-6),
         rates={dtype: roofline(peak, SIZES[dtype], data.copies) for dtype, peak in data.flops.items()},
         memory_bandwidth=data.copies,
         overheads=Overheads(
             call=20 * launch,  # kernels of a layer's forward pass that are no product
             call_backward=40 * launch,
             token=10 * 4 * 32 / data.copies,  # ten passes over a row of scores of 32 experts
-            row=2 / data.copies,  # a byte is read and written
+            row=4 / data.copies,  # a byte is read and written, there and back
+            row_backward=4 / data.copies,
             chunk=2 * launch,
+            chunk_backward=2 * launch,
             collective=8.4e-6,
         ),
-        interference=data.multiprocessors / (data.multiprocessors - 16),
+        overlap=1 - 16 / (data.multiprocessors - 16),
         memory=data.memory,
         facts=dict(data.facts),
     )

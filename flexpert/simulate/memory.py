@@ -40,7 +40,7 @@ def memory_of_job(
     ]
     for name in ("parameters", "gradients", "optimizer"):
         parts[f"expert {name}"] = sum(found.get(name, 0) for found in blocks)
-    kept = [found["activations"] + found.get("gathered parameters", 0) for found in blocks]
+    kept = [found["activations"] + found.get("gathered", 0) for found in blocks]
     if plan.checkpointing:
         inputs = sum(samples * block.tokens * block.width * computed for block in model.blocks)
         parts["activations"] = inputs + max(kept)

@@ -88,8 +88,8 @@ def test_overlap_hides_the_shorter_of_two():
     assert overlapped.seconds == pytest.approx(serial.seconds - hidden)
 
 
-def test_interference_slows_products_while_rows_travel():
-    disturbed = dataclasses.replace(PLAIN, interference=2.0)
+def test_imperfect_overlap_slows_products_while_rows_travel():
+    disturbed = dataclasses.replace(PLAIN, overlap=0.0)
     times = [
         simulate(layer(), cluster(machine=machine), TOKENS, JobPlan.parse("degree=2")).seconds
         for machine in (PLAIN, disturbed)

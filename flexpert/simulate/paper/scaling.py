@@ -91,7 +91,7 @@ def dense_encoding(cluster: Cluster) -> float:
     """Seconds that products with dense (T, E, C) tensors take more than copies of rows, whatever E is."""
     durations, cells = Durations(cluster), TOKENS * TOP_K * TOKENS  # E C = K T
     products = durations.products(PRODUCTS * 2.0 * cells * WIDTH, TOKENS, "float32")
-    copied = 4 * durations.flat(cluster.machine.overheads.row * TOP_K * TOKENS * WIDTH * 4)
+    copied = 2 * durations.flat(cluster.machine.overheads.row * TOP_K * TOKENS * WIDTH * 4)
     return products + durations.copies(PASSES * 4.0 * cells) - copied
 
 
