@@ -14,7 +14,7 @@ from flexpert.core.config import MoEConfig, set_builder
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import CheckpointError, ConfigError, InputError
 from flexpert.core.info import MoEInfo
-from flexpert.core.plan import ExecutionPlan
+from flexpert.core.plan import AnyPlan
 from flexpert.core.stats import measure
 from flexpert.core.unset import UNSET, UnsetType
 
@@ -36,7 +36,7 @@ class LayerScope(Protocol):
     def context_for_call(self) -> RoutingContext | None:
         """The context of the call that is about to run; None where the scope does not apply."""
 
-    def plan_for_call(self) -> ExecutionPlan | None:
+    def plan_for_call(self) -> AnyPlan | None:
         """The plan of the call that is about to run; None where the scope has none."""
 
     def record(self, info: MoEInfo) -> None:
@@ -110,7 +110,7 @@ class MoE(nn.Module):
         context: RoutingContext | None = None,
         top_k: int | UnsetType = UNSET,
         capacity_factor: float | None | UnsetType = UNSET,
-        plan: ExecutionPlan | None = None,
+        plan: AnyPlan | None = None,
         return_info: bool = False,
     ) -> Any:
         """Compute the layer.
@@ -120,7 +120,7 @@ class MoE(nn.Module):
             context: mask, ids and overrides of this call; wins over that of a surrounding `routing_scope`.
             top_k: experts per token for this call.
             capacity_factor: capacity for this call; None means dropless.
-            plan: how this call runs over the ranks; the result is the same for all. None: the default's.
+            plan: how this call runs over the ranks, "auto" for the tuner's choice; it changes no result.
             return_info: return (output, `MoEInfo`).
 
         Returns:

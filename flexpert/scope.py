@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import InputError
 from flexpert.core.info import MoEInfo
-from flexpert.core.plan import ExecutionPlan
+from flexpert.core.plan import AnyPlan
 from flexpert.core.recomputing import recomputing
 from flexpert.core.registry import suggest
 from flexpert.core.routing import AnyRouting
@@ -41,7 +41,8 @@ class routing_scope:  # noqa: N801  (used like a function: `with routing_scope(m
     Args:
         model: any module; its `MoE` layers take part. It may have none.
         context: for every call inside the scope.
-        plan: how every call inside the scope runs over the ranks; nested scopes without one keep it.
+        plan: how every call inside the scope runs over the ranks, or "auto"; nested scopes without one keep
+            it.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class routing_scope:  # noqa: N801  (used like a function: `with routing_scope(m
         model: nn.Module,
         *,
         context: RoutingContext | None = None,
-        plan: ExecutionPlan | None = None,
+        plan: AnyPlan | None = None,
     ) -> None:
         self.context, self.plan = context, plan
         self._layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
@@ -94,7 +95,7 @@ class routing_scope:  # noqa: N801  (used like a function: `with routing_scope(m
 class _Handle:
     """An open scope's end at one layer: a plain object, which a compiled graph may read and write."""
 
-    def __init__(self, context: RoutingContext | None, plan: ExecutionPlan | None, outer: Any) -> None:
+    def __init__(self, context: RoutingContext | None, plan: AnyPlan | None, outer: Any) -> None:
         self.outer = outer if isinstance(outer, _Handle) else None
         self.context = self.outer.context if context is None and self.outer is not None else context
         self.plan = self.outer.plan if plan is None and self.outer is not None else plan
@@ -112,7 +113,7 @@ class _Handle:
             raise InputError(_TOO_LATE)
         return self.context
 
-    def plan_for_call(self) -> ExecutionPlan | None:
+    def plan_for_call(self) -> AnyPlan | None:
         return self.plan
 
     def record(self, info: MoEInfo) -> None:
@@ -139,7 +140,7 @@ class _Closed:
     scopes before it; nobody can know, so that is an error. A later call outside of any scope ends its part.
     """
 
-    def __init__(self, context: RoutingContext | None, plan: ExecutionPlan | None) -> None:
+    def __init__(self, context: RoutingContext | None, plan: AnyPlan | None) -> None:
         self.had_context, self.plan = context is not None, plan
         self.expired = False
 
@@ -152,7 +153,7 @@ class _Closed:
         elif self.had_context and not self.expired:
             raise InputError(_TOO_LATE)
 
-    def plan_for_call(self) -> ExecutionPlan | None:
+    def plan_for_call(self) -> AnyPlan | None:
         return self.plan if recomputing() and not self.expired else None
 
     def record(self, info: MoEInfo) -> None:

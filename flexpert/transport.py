@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import InputError
-from flexpert.core.plan import ExecutionPlan
+from flexpert.core.plan import AnyPlan, ExecutionPlan, check_plan
 from flexpert.core.routing import AnyRouting
 
 from .dispatch import gather
@@ -38,14 +38,17 @@ class LocalTransport:
         routing: AnyRouting,
         experts: Any,
         combine: Any,
-        plan: ExecutionPlan | None = None,
+        plan: AnyPlan | None = None,
     ) -> Tensor:
         """The routed experts' output (T, O) in x's dtype.
 
         Raises:
             InputError: a plan for slices of experts, which one rank does not have.
+            ConfigError: a plan that is neither one nor "auto" (which is, here, the only one there is).
         """
-        if plan is not None and plan.r > 1:
+        if plan is not None:
+            check_plan(plan)
+        if isinstance(plan, ExecutionPlan) and plan.r > 1:
             raise InputError(
                 f"plan: r={plan.r} needs several ranks per expert; lay the model out with "
                 f"flexpert.parallel.parallelize, or use r=0 or r=1"

@@ -13,9 +13,37 @@ from contextlib import contextmanager
 import flexpert
 from flexpert.core.errors import FlexpertError
 
-from . import bench, build, doctor, emulate, evaluate, generate, inspect, train
+from . import (
+    bench,
+    build,
+    calibrate,
+    convert,
+    doctor,
+    emulate,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    simulate,
+    train,
+    tune,
+)
 
-COMMANDS = (train, evaluate, generate, inspect, bench, emulate, build, doctor)
+COMMANDS = (
+    train,
+    evaluate,
+    generate,
+    inspect,
+    bench,
+    emulate,
+    convert,
+    tune,
+    calibrate,
+    simulate,
+    plan,
+    build,
+    doctor,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""How a bank's parameters may be cut over ranks; declared by the bank, obeyed by every parallelism."""
+"""How a bank's tensors may be cut over ranks; declared by the bank, obeyed by every parallelism."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ParamLayout:
-    """A parameter stacked over the experts of a bank, (E, ...): cut on dimension 0, and perhaps on another.
+    """A parameter or buffer stacked over a bank's experts, (E, ...): cut on dimension 0, perhaps on another.
 
     Attributes:
         slice_dim: the dimension that is cut where ranks share an expert (its hidden dimension); None: whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ConfigError
 from .registry import check_options
@@ -88,3 +88,17 @@ class ExecutionPlan:
             capacity=CAPACITY_MODES[capacity],
             codec=CODECS[codec],
         )
+
+
+AnyPlan = ExecutionPlan | Literal["auto"]  # "auto": the tuner chooses
+
+
+def check_plan(plan: AnyPlan) -> AnyPlan:
+    """The plan itself.
+
+    Raises:
+        ConfigError: neither an `ExecutionPlan` nor "auto".
+    """
+    if isinstance(plan, ExecutionPlan) or plan == "auto":
+        return plan
+    raise ConfigError(f"plan={plan!r}: expected an ExecutionPlan or 'auto'")

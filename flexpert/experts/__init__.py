@@ -15,6 +15,7 @@ from .mlp import GLUExperts, MLPExperts
 from .modules import ModuleExperts
 from .packed import PackableBank, prepack, unpack
 from .shared import SharedExpert
+from .stacked import StackedModules
 from .zero_computation import ConstantExperts, CopyExperts, ZeroExperts
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ModuleExperts",
     "PackableBank",
     "SharedExpert",
+    "StackedModules",
     "ZeroExperts",
     "build_experts",
     "build_shared",

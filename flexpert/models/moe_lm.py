@@ -112,13 +112,7 @@ class MoELanguageForCausalLM(MoEPreTrained, LlamaForCausalLM):
             terms = collector.terms()
         finally:
             collector.reset()
-        output = MoELanguageOutput(**base)
-        if terms:
-            output.aux_loss = self.weighted_balance_loss(terms)
-            if labels is not None:
-                output.loss = output.loss + output.aux_loss
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return self.with_balance_loss(MoELanguageOutput(**base), terms, return_dict)
 
     def _none(self, given: Tensor, labels: Tensor | None) -> dict[str, Any]:
         """The output for no sample, which the backbone cannot compute."""

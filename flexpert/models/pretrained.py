@@ -1,11 +1,13 @@
-"""What all recipes add to a model of `transformers`: strict loading, a model card, active parameters."""
+"""What all recipes add to a model of `transformers`: the balance loss, strict loading, a model card."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from flexpert.core.errors import CheckpointError
 from flexpert.layer import MoE
@@ -23,6 +25,26 @@ class MoEPreTrained:
     def card(self) -> str:
         """The text of the model card, in the form the Hugging Face hub reads."""
         raise NotImplementedError
+
+    def weighted_balance_loss(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The balance loss as it enters the loss; losses by name, each 1-D over the MoE layers."""
+        raise NotImplementedError
+
+    def with_balance_loss(self, output: Any, terms: Mapping[str, Tensor], return_dict: bool | None) -> Any:
+        """A model's output with `aux_loss` set and in `loss`, as the model's `forward` returns it.
+
+        Args:
+            output: with `loss`, None without labels, and `aux_loss`.
+            terms: the layers' losses; empty where nobody asked for them.
+            return_dict: False for a tuple, None for what the config says.
+        """
+        if terms:
+            output.aux_loss = self.weighted_balance_loss(terms)
+            if output.loss is not None:
+                output.loss = output.loss + output.aux_loss
+        model: Any = self
+        as_dict = model.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
     def num_active_parameters(self) -> int:
         """Parameters that a token meets: all but those of the experts it is not given to."""

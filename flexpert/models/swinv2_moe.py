@@ -124,13 +124,7 @@ class SwinV2MoEForImageClassification(MoEPreTrained, Swinv2ForImageClassificatio
             terms = collector.terms()
         finally:
             collector.reset()
-        output = SwinV2MoEOutput(**base)
-        if terms:
-            output.aux_loss = self.weighted_balance_loss(terms)
-            if labels is not None:
-                output.loss = output.loss + output.aux_loss
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return self.with_balance_loss(SwinV2MoEOutput(**base), terms, return_dict)
 
     def _classify(self, pixel_values: Tensor | None, labels: Tensor | None, **options: Any) -> dict[str, Any]:
         """The output without the balance loss; of an empty batch, which the backbone cannot compute, too."""

@@ -40,15 +40,14 @@ __all__ = [
     "use_backend",
 ]
 
-_assign = OPERATORS.assign.default
 _gather_rows = OPERATORS.gather_rows.default
 _grouped_linear = OPERATORS.grouped_linear.default
 _scatter_combine = OPERATORS.scatter_combine.default
 _OPERATORS = {
     name: getattr(OPERATORS, name).default
-    for name in ("grouped_mlp", "grouped_mlp_packed", "route", "router_logits")
+    for name in ("assign", "grouped_mlp", "grouped_mlp_packed", "route", "router_logits")
 }
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, type(None)}
 
 
 def _call(name: str, *args: Any) -> Any:
@@ -71,7 +70,7 @@ def _is_unwatched(args: tuple[Any, ...]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or not args[0].is_cpu:
         return False
-    return all(type(arg) in _PLAIN or not isinstance(arg, Tensor) for arg in args)
+    return _PLAIN.issuperset(map(type, args))
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -89,7 +88,8 @@ def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tu
     """
     if (whole := override()) is not None:
         return whole.assign(key_N, num_bins, capacity_B)
-    return _assign(key_N, num_bins, capacity_B)
+    order_N, counts_B = _call("assign", key_N, num_bins, capacity_B)
+    return order_N, counts_B
 
 
 def route(

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from flexpert.core.errors import ConfigError
 from flexpert.core.layout import ParamLayout
+from flexpert.core.plan import ExecutionPlan
 
 from .mesh import ExpertMesh
 from .meta import initial_part, knows_initial
@@ -32,6 +33,9 @@ class Bank(Protocol):
         """The banks this one is made of."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of `nn.Module`."""
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """As of `nn.Module`."""
 
 
@@ -59,9 +63,9 @@ def check_bank(name: str, bank: Bank, mesh: ExpertMesh) -> None:
                 f"divide; build the mesh with more replicas or slices, so that its expert axis is a divisor "
                 f"of {group.num_experts}"
             )
-        parameters = dict(group.named_parameters())
+        tensors = tensors_of(group)
         for parameter, layout in group.layout().items():
-            size = None if layout.slice_dim is None else parameters[parameter].shape[layout.slice_dim]
+            size = None if layout.slice_dim is None else tensors[parameter].shape[layout.slice_dim]
             if size is not None and size % mesh.slices:
                 raise ConfigError(
                     f"{where}.{parameter} has a hidden dimension of {size}, which {mesh.slices} slices do "
@@ -69,8 +73,15 @@ def check_bank(name: str, bank: Bank, mesh: ExpertMesh) -> None:
                 )
 
 
+def tensors_of(bank: Bank) -> dict[str, Tensor]:
+    """What a call of the bank needs by name: all parameters, and the buffers that are cut over ranks."""
+    layouts = bank.layout()
+    buffers = {name: buffer for name, buffer in bank.named_buffers() if name in layouts}
+    return {**dict(bank.named_parameters()), **buffers}
+
+
 def shard_bank(bank: Bank, mesh: ExpertMesh) -> list[tuple[nn.Parameter, ParamLayout | None]]:
-    """Replace a bank's stacked parameters, whole on this rank, by its part of them.
+    """Replace a bank's stacked parameters and buffers, whole on this rank, by its part of them.
 
     Returns the new parameters, DTensors whose global shape is the old one, with their layouts; and those that
     such a bank has beside them, whole on every rank, with None. Banks without a layout, and groups that do
@@ -83,28 +94,34 @@ def shard_bank(bank: Bank, mesh: ExpertMesh) -> list[tuple[nn.Parameter, ParamLa
             continue
         done += [(p, None) for name, p in group.named_parameters() if name not in layouts]
         for name, layout in layouts.items():
-            old = getattr(group, name)
+            path, _, key = name.rpartition(".")
+            owner = group.get_submodule(path)
+            old = getattr(owner, key)
             if old.is_meta:
                 local = initial_part(group, name, old.shape, layout, mesh, old.dtype)
             else:
                 local = local_part(old.detach(), layout, mesh)
             whole = DTensor.from_local(local, mesh.device_mesh, placements(layout), run_check=False)
+            if not isinstance(old, nn.Parameter):
+                setattr(owner, key, whole)
+                continue
             new = nn.Parameter(whole, requires_grad=old.requires_grad)
-            setattr(group, name, new)
+            setattr(owner, key, new)
             done.append((new, layout))
     return done
 
 
-def laid_out(bank: Bank) -> dict[str, nn.Parameter]:
-    """The parameters that `shard_bank` replaces, by their names in the bank.
+def laid_out(bank: Bank) -> dict[str, Tensor]:
+    """The parameters and buffers that `shard_bank` replaces, by their names in the bank.
 
     Raises:
         ConfigError: one is on the meta device, and the bank does not know what it begins with.
     """
     found = {}
     for group_name, group in bank.groups().items():
+        tensors = tensors_of(group) if group.remote else {}
         for name in group.layout() if group.remote else ():
-            parameter = getattr(group, name)
+            parameter = tensors[name]
             if parameter.is_meta and not knows_initial(group, name):
                 raise ConfigError(
                     f"{type(group).__name__}.{name} is on the meta device, and the bank has no "
@@ -121,3 +138,24 @@ def local_part(whole: Tensor, layout: ParamLayout, mesh: ExpertMesh) -> Tensor:
     if layout.slice_dim is not None:
         part = part.chunk(mesh.slices, dim=layout.slice_dim)[mesh.slice]
     return part.clone(memory_format=torch.contiguous_format)
+
+
+def check_bank_allows(plan: ExecutionPlan, bank: Any, name: str, mesh: ExpertMesh) -> None:
+    """Refuse a plan that a bank cannot run.
+
+    Raises:
+        ConfigError: what the bank lacks.
+    """
+    if plan.r > 1 and not bank.sliceable:
+        raise ConfigError(
+            f"{name}: plan r={plan.r} cuts experts into slices, which {type(bank).__name__} does not declare "
+            f"(sliceable=False); use r=0 or r=1"
+        )
+    if bank.row_independent:
+        return
+    together = mesh.whole.size == 1 or (plan.r == 1 and mesh.slices == 1 and plan.degree == 1)
+    if not together or mesh.replicas > 1:
+        raise ConfigError(
+            f"{name}: the results of {type(bank).__name__} depend on which rows come together "
+            f"(row_independent=False); such experts need r=1, degree=1, one slice and one replica"
+        )

@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -96,7 +97,7 @@ class ExpertMesh:
         self.algorithms: dict[str, Algorithm] = {"linear": Linear(self.whole)}
         self.why_not_2dh = self._build_2dh()
 
-    @property
+    @cached_property
     def legal_r(self) -> tuple[int, ...]:
         """The values of r that a plan may have: 0 and the divisors of S."""
         return (0, *sorted(self.blocks))
@@ -119,6 +120,18 @@ class ExpertMesh:
         """The experts that this rank holds of a bank of `num_experts`."""
         each = num_experts // self.expert_ranks
         return range(self.expert * each, (self.expert + 1) * each)
+
+    def extra_group(self, name: str) -> Group:
+        """A new group of all ranks of the mesh, whose collectives never meet those of training; all call it.
+
+        It runs on the host ("gloo"), and what it sends is not counted in `traffic`.
+
+        Raises:
+            DistributedError: a rank does not come.
+        """
+        members = self.everyone.ranks
+        process_group = _new_group(members, self.timeout, "gloo") if len(members) > 1 else None
+        return Group(name, members, process_group, self.everyone.node_of, heartbeat=self.heartbeat)
 
     def __repr__(self) -> str:
         return (
@@ -216,7 +229,7 @@ def expert_mesh(
     }
     warn_of_stale_store()
     name = agree("expert_mesh", facts, members, limit)
-    shape = _shape(num_experts, len(members), replicas, slices)
+    shape = mesh_shape(num_experts, len(members), replicas, slices)
     beat = heartbeat_for(default_store(), members, heartbeat, name)
     mesh = ExpertMesh(num_experts, members, shape, per_node, device, limit, beat)
     if beat is not None:
@@ -224,10 +237,10 @@ def expert_mesh(
     return mesh
 
 
-def _new_group(members: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+def _new_group(members: Sequence[int], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
     # Only the members take part: meshes over parts of the world need not know of each other.
     def make() -> object:
-        return dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+        return dist.new_group(list(members), timeout=timeout, backend=backend, use_local_synchronization=True)
 
     try:
         group = bounded(make, timeout)
@@ -246,7 +259,14 @@ def _check_ranks(members: list[int]) -> None:
         raise DistributedError(f"rank {dist.get_rank()} is not part of the mesh of ranks {members}")
 
 
-def _shape(num_experts: int, world: int, replicas: int, slices: int | None) -> tuple[int, int, int]:
+def mesh_shape(
+    num_experts: int, world: int, replicas: int = 1, slices: int | None = None
+) -> tuple[int, int, int]:
+    """(replicas, expert ranks, slices) that `expert_mesh` makes of so many ranks.
+
+    Raises:
+        ConfigError: numbers that do not divide each other; the message lists the legal ones.
+    """
     for name, value in (("num_experts", num_experts), ("replicas", replicas), ("slices", slices or 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name}={value!r}: expected an integer >= 1")

@@ -11,10 +11,11 @@ from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from flexpert.core.errors import ConfigError, DistributedError
 from flexpert.core.layout import ParamLayout
-from flexpert.core.plan import ExecutionPlan
+from flexpert.core.plan import AnyPlan, ExecutionPlan
 
 from .gradients import GradientSync
 from .group import Group
@@ -34,14 +35,14 @@ def parallelize(
     dense: str | None = None,
     dense_mesh: DeviceMesh | None = None,
     mixed_precision: torch.dtype | None = None,
-    plan: ExecutionPlan | None = None,
+    plan: AnyPlan | None = None,
     verify: bool = True,
 ) -> nn.Module:
     """Lay every MoE layer of a model out over a mesh, and wrap the rest for data parallelism; in place.
 
     All ranks call it with the same model: built from the same seed, or loaded from the same checkpoint.
-    Expert parameters become DTensors on the mesh; the optimiser is built after this. Router, shared experts,
-    zero-computation experts and experts that are modules of their own stay dense.
+    Expert parameters and buffers become DTensors on the mesh; the optimiser is built after this. Router,
+    shared experts, zero-computation experts and unlike modules (`ModuleExperts`) stay dense.
 
     The model may have been built on the meta device: each rank then makes its own experts only, and all of
     the dense part, with values that do not depend on the number of ranks; see `flexpert.parallel.meta`.
@@ -53,7 +54,8 @@ def parallelize(
         dense_mesh: for the dense part, over the same ranks in any other factors; None: one axis of all.
         mixed_precision: dtype that "fsdp" computes in, parameters staying as they are (experts follow the
             dtype of their input); with "ddp" use autocast.
-        plan: for calls that bring none; None is `ExecutionPlan()`.
+        plan: for calls that bring none; None is `ExecutionPlan()`, "auto" leaves it to a tuner
+            (`flexpert.tune.attach`, after this).
         verify: compare what the ranks are about to do before rows travel; see `ExpertParallel`. Without it a
             padded plan needs equally many tokens on every rank where the router has a capacity: buffers must
             be of one size.
@@ -132,7 +134,12 @@ def _replicate(
     group = mesh.everyone.process_group if dense_mesh is None else dense_mesh.get_group()
     if group is None:
         return
-    ignored = [m for m in model.modules() if any(p in experts for p in m.parameters(recurse=False))]
+    ignored = [
+        module
+        for module in model.modules()
+        if any(p in experts for p in module.parameters(recurse=False))
+        or any(isinstance(buffer, DTensor) for buffer in module.buffers(recurse=False))
+    ]
     replicate(model, ignored_modules=ignored, process_group=group)
 
 

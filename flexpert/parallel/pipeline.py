@@ -21,7 +21,7 @@ from flexpert import ops
 from .codec import CODECS
 from .mesh import Algorithm
 from .pending import named
-from .splits import Splits, chunk_of, segments
+from .routes import Routes
 from .timeline import active_timeline
 from .timers import phase
 
@@ -36,39 +36,26 @@ class Exchange:
     Attributes:
         name: of the layer, for messages.
         algorithm: of the all-to-all.
-        splits: rows from and to each rank.
-        starts_PE: int64 (P, e), where the rows for each rank and expert begin among this rank's rows.
-        degree: chunks.
+        routes: which rows go where, and in how many chunks.
         codec: name of the rows' form on the wire.
         compute: the experts of this rank.
         output_dim: O.
-        in_order: this rank's rows lie as they are sent, each going to one rank.
     """
 
     name: str
     algorithm: Algorithm
-    splits: Splits
-    starts_PE: Tensor
-    degree: int
+    routes: Routes
     codec: str
     compute: Compute
     output_dim: int
-    in_order: bool
-
-    def send_index(self, chunk: int) -> Tensor | None:
-        """int64: the rows of a chunk in order of sending; None: all rows as they lie."""
-        if self.in_order and self.degree == 1:
-            return None
-        first, counts = chunk_of(torch.tensor(self.splits.sent), chunk, self.degree)
-        return segments(self.starts_PE + first, counts)
 
     def start(self, rows: Tensor, chunk: int, reverse: bool = False) -> Any:
         """Send the rows of a chunk on their way."""
         return self.algorithm.start(
             rows,
-            self.splits,
+            self.routes.splits,
             chunk=chunk,
-            degree=self.degree,
+            degree=self.routes.degree,
             reverse=reverse,
             codec=CODECS[self.codec],
         )
@@ -87,8 +74,8 @@ class _Run(torch.autograd.Function):
         leaves = [w.detach().requires_grad_(w.requires_grad and differentiates) for w in weights]
         ctx.exchange, ctx.leaves, ctx.chunks = exchange, leaves, []
         ctx.num_rows, ctx.dtype = rows_ND.shape[0], rows_ND.dtype
-        chunks = range(exchange.degree)
-        index = [_to(exchange.send_index(chunk), rows_ND) for chunk in chunks]
+        chunks = range(exchange.routes.degree)
+        index = [_to(exchange.routes.send_index(chunk), rows_ND) for chunk in chunks]
         sent = [exchange.start(_take(rows_ND, index[chunk]), chunk) for chunk in chunks]
         returning = []
         for chunk in chunks:
@@ -101,7 +88,7 @@ class _Run(torch.autograd.Function):
         with phase("combine wait"):
             back = [(index[chunk], returning[chunk].wait()) for chunk in chunks]
         ctx.index = index
-        return _put(back, rows_ND.shape[0], exchange.in_order, rows_ND.dtype)
+        return _put(back, rows_ND.shape[0], exchange.routes.in_order, rows_ND.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -112,7 +99,7 @@ class _Run(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
     exchange: Exchange = ctx.exchange
-    chunks = range(exchange.degree)
+    chunks = range(exchange.routes.degree)
     sent = [exchange.start(_take(grad_NO, ctx.index[chunk]), chunk) for chunk in chunks]
     gradients: list[Tensor | None] = [None] * len(ctx.leaves)
     returning = []
@@ -128,7 +115,7 @@ def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
             returning.append(exchange.start(grad_RD, chunk, reverse=True))
     with phase("combine wait"):
         back = [(ctx.index[chunk], rows.wait()) for chunk, rows in enumerate(returning)]
-    grad_ND = _put(back, ctx.num_rows, exchange.in_order, ctx.dtype) if back else None
+    grad_ND = _put(back, ctx.num_rows, exchange.routes.in_order, ctx.dtype) if back else None
     # Zeros in place of None: a rank without rows takes part in the reductions of the others.
     return None, grad_ND, *map(_or_zeros, gradients, ctx.leaves)
 
@@ -137,10 +124,7 @@ def _experts(exchange: Exchange, rows_RD: Tensor, leaves: list[Tensor], chunk: i
     """Results (R, O) of rows ordered by (source rank, expert), in that order."""
     if rows_RD.shape[0] == 0:
         return rows_RD.new_empty(0, exchange.output_dim)
-    _, counts_Pe = chunk_of(torch.tensor(exchange.splits.received), chunk, exchange.degree)
-    starts = (counts_Pe.flatten().cumsum(0) - counts_Pe.flatten()).view_as(counts_Pe)
-    unit_R = segments(starts.T, counts_Pe.T)
-    counts_e = counts_Pe.sum(0)
+    unit_R, counts_e = exchange.routes.arrivals(chunk)
     y_RO = exchange.compute(rows_RD, _to(unit_R, rows_RD), _to(counts_e, rows_RD), *leaves)
     return y_RO.to(rows_RD.dtype)
 

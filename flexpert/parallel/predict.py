@@ -21,6 +21,7 @@ from flexpert.core.plan import ExecutionPlan
 
 from .codec import CODECS
 from .grid import RankGrid
+from .layout import tensors_of
 from .mesh import ExpertMesh
 from .rows import RowTraffic
 from .transport import HEADER
@@ -36,19 +37,23 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank holds of a parameter.
+    """What one rank holds of a parameter, or of a buffer that is cut as one.
 
     Attributes:
         numel: elements.
         itemsize: bytes of each, as stored.
         cut: over the slices of an expert; False: whole on each of them.
         shared: whole on every rank of the mesh.
+        trained: has a gradient.
+        floating: travels in the dtype that experts compute in; else as stored.
     """
 
     numel: int
     itemsize: int
     cut: bool
     shared: bool = False
+    trained: bool = True
+    floating: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +169,16 @@ def parts_of(bank: Any) -> list[Part]:
     """What this rank holds of a bank that is laid out."""
     layouts = bank.layout()
     found = []
-    for name, parameter in bank.named_parameters():
+    for name, tensor in tensors_of(bank).items():
+        trained, floating = tensor.requires_grad, tensor.is_floating_point()
         if name in layouts:
-            assert isinstance(parameter, DTensor)
-            local = parameter.to_local()
+            assert isinstance(tensor, DTensor)
+            local = tensor.to_local()
             cut = layouts[name].slice_dim is not None
-            found.append(Part(local.numel(), local.element_size(), cut))
+            part = Part(local.numel(), local.element_size(), cut, trained=trained, floating=floating)
+            found.append(part)
         elif layouts:
-            found.append(Part(parameter.numel(), parameter.element_size(), False, shared=True))
+            found.append(Part(tensor.numel(), tensor.element_size(), False, shared=True, trained=trained))
     return found
 
 
@@ -205,7 +212,12 @@ def _counts(
 def _gathers(grid: RankGrid, parts: Sequence[Part], r: int, dtype: torch.dtype) -> list[Transfer]:
     """Parameters gathered before the experts."""
     return [
-        _to_members(grid, "gather", gathering_group(grid, part, r), part.numel * dtype.itemsize)
+        _to_members(
+            grid,
+            "gather",
+            gathering_group(grid, part, r),
+            part.numel * (dtype.itemsize if part.floating else part.itemsize),
+        )
         for part in parts
         if not part.shared
     ]
@@ -215,6 +227,8 @@ def _gradients(grid: RankGrid, parts: Sequence[Part], r: int) -> list[Transfer]:
     """Their gradients reduced after the experts, and averaged over the ranks with copies."""
     found = []
     for part in parts:
+        if not part.trained:
+            continue
         if not part.shared:
             size = part.numel * part.itemsize
             found.append(_to_members(grid, "scatter", gathering_group(grid, part, r), size, backward=True))

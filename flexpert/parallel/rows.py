@@ -26,10 +26,16 @@ class RowTraffic:
     def __init__(self, grid: RankGrid, counts_PC: Tensor, r: int) -> None:
         self.grid, self.r = grid, r
         self.block = grid.slices // r
+        self._sent: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}
         self.rows_PX = counts_PC.unflatten(1, (grid.expert_ranks, -1)).sum(2)
 
     def sent(self, algorithm: str, reverse: bool) -> tuple[Tensor, Tensor]:
         """int64 (W,) each: rows that every rank sends inside its node and to other nodes."""
+        if (algorithm, reverse) not in self._sent:
+            self._sent[algorithm, reverse] = self._count(algorithm, reverse)
+        return self._sent[algorithm, reverse]
+
+    def _count(self, algorithm: str, reverse: bool) -> tuple[Tensor, Tensor]:
         count = self._linear if algorithm == "linear" else self._hierarchical
         aligned = self.grid.ranks is None and self.grid.size % self.grid.ranks_per_node == 0
         replicas = 1 if aligned else self.grid.replicas

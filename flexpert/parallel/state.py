@@ -104,9 +104,12 @@ def accept_full_tensors(model: nn.Module) -> None:
     """Let `load_state_dict` of a model over ranks, and of its modules, take tensors of one process too."""
     for module in model.modules():
         cut = {
-            name: (p.device_mesh, p.placements)
-            for name, p in module.named_parameters(recurse=False)
-            if isinstance(p, DTensor)
+            name: (tensor.device_mesh, tensor.placements)
+            for name, tensor in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]
+            if isinstance(tensor, DTensor)
         }
         if cut:
             module.register_load_state_dict_pre_hook(_TakeParts(cut))

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from flexpert.core.layout import ParamLayout
 
 from .group import Group
-from .layout import Bank
+from .layout import Bank, tensors_of
 from .mesh import ExpertMesh
 from .pending import named
 
@@ -31,7 +31,7 @@ def block_size(mesh: ExpertMesh, r: int) -> int:
 def weights_for(
     bank: Bank, mesh: ExpertMesh, r: int, dtype: torch.dtype, layer: str = "experts"
 ) -> dict[str, Tensor]:
-    """The parameters that this rank computes with under r, in `dtype`, differentiable.
+    """The parameters that this rank computes with under r, in `dtype`, differentiable, and the buffers.
 
     Those of its e experts for r >= 1, of all E for r = 0. Their gradients arrive at the bank's own parameters
     as the sum over the replica's ranks, divided so that the mean over the ranks with equal copies is
@@ -40,7 +40,7 @@ def weights_for(
     layouts = bank.layout()
     return {
         name: _gathered(p, layouts[name], mesh, r, dtype, f"{layer}.{name}") if name in layouts else p
-        for name, p in bank.named_parameters()
+        for name, p in tensors_of(bank).items()
     }
 
 
@@ -49,6 +49,7 @@ def _gathered(
 ) -> Tensor:
     assert isinstance(parameter, DTensor)
     local = parameter.to_local()
+    dtype = dtype if local.is_floating_point() else local.dtype
     if layout.slice_dim is None:
         group = mesh.column if r == 0 else None
         whole: Tensor = _Gather.apply(local, dtype, group, 1, 0, 1.0 / mesh.expert_ranks, name)

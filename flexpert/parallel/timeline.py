@@ -97,6 +97,10 @@ class Timeline:
             OSError: the file cannot be written.
         """
         start = min((event.begin for event in self.events), default=0.0)
+        write_chrome(path, self.chrome_entries(rank, start))
+
+    def chrome_entries(self, rank: int, start: float) -> list[dict[str, object]]:
+        """The events in that format, as plain data; times from `start` on."""
         rows: dict[str, list[float]] = {"compute": [], "communication": []}
         entries: list[dict[str, object]] = []
         for event in sorted(self.events, key=lambda event: event.begin):
@@ -113,7 +117,16 @@ class Timeline:
                 "tid": f"{event.kind} {row}",
             }
             entries.append(entry if event.chunk is None else {**entry, "args": {"chunk": event.chunk}})
-        Path(path).write_text(json.dumps({"traceEvents": entries}), encoding="utf-8")
+        return entries
+
+
+def write_chrome(path: str | PathLike[str], entries: list[dict[str, object]]) -> None:
+    """Write entries of one or several ranks as a trace.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    Path(path).write_text(json.dumps({"traceEvents": entries}), encoding="utf-8")
 
 
 _active: Timeline | None = None

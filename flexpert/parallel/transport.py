@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,16 +13,17 @@ from torch.func import functional_call
 
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError, DistributedError
-from flexpert.core.plan import ExecutionPlan
+from flexpert.core.plan import AnyPlan, ExecutionPlan, check_plan
 from flexpert.core.routing import AnyRouting, CapacityRouting
 from flexpert.dispatch import gather
 
+from .chooser import PlanChooser
 from .differentiable import all_reduce
-from .layout import check_bank
+from .layout import check_bank, check_bank_allows
 from .mesh import ExpertMesh
 from .pending import named
 from .pipeline import Exchange, run
-from .splits import Splits
+from .routes import Routes
 from .switch import counts_by_rank, even_counts, starts_by_rank, weights_for
 from .timers import phase
 
@@ -34,14 +36,20 @@ class ExpertParallel:
     Args:
         name: of the layer's experts, for messages.
         mesh: the ranks.
-        plan: for calls that bring none.
+        plan: for calls that bring none; "auto" leaves it to `chooser`.
         verify: before rows travel, compare plan, layer and dtypes of all ranks, so that ranks that differ get
             an error instead of a deadlock. It costs nothing where counts travel anyway (ragged, r >= 1), and
             else a small exchange.
+
+    Attributes:
+        chooser: of the plans of "auto"; `flexpert.tune.attach` sets it. None: nobody chooses.
     """
 
-    def __init__(self, name: str, mesh: ExpertMesh, plan: ExecutionPlan, verify: bool = True) -> None:
+    def __init__(self, name: str, mesh: ExpertMesh, plan: AnyPlan, verify: bool = True) -> None:
         self.name, self.mesh, self.plan, self.verify = name, mesh, plan, verify
+        self.chooser: PlanChooser | None = None
+        # Of the last few shapes: what small calls would else spend their time on.
+        self.even_routes = lru_cache(maxsize=8)(self._even_routes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
         """The same object: process groups are shared, not copied."""
@@ -62,7 +70,14 @@ class ExpertParallel:
         self.mesh.check(plan)
         for name, bank in experts.groups().items():
             if bank.remote:
-                _check_bank_allows(plan, bank, f"{self.name}.{name}" if name else self.name, self.mesh)
+                check_bank_allows(plan, bank, f"{self.name}.{name}" if name else self.name, self.mesh)
+
+    def _even_routes(self, rows: int, num_experts: int, r: int, algorithm: str, degree: int) -> Routes:
+        """Of buffers of `rows` rows for every expert."""
+        matrix = even_counts(rows, num_experts, self.mesh, r)
+        splits = self.mesh.algorithms[algorithm].known(matrix)
+        full_E = torch.full((num_experts,), rows, dtype=torch.int64)
+        return Routes(splits, starts_by_rank(full_E, self.mesh), degree, r <= 1)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # counts decide what is sent
     def __call__(
@@ -71,14 +86,14 @@ class ExpertParallel:
         routing: AnyRouting,
         experts: Any,
         combine: Any,
-        plan: ExecutionPlan | None = None,
+        plan: AnyPlan | None = None,
     ) -> Tensor:
         """The layer's output (T, O) in x's dtype, without shared experts."""
-        plan = self.plan if plan is None else plan
-        self.check(plan, experts)
-        rows_ND = combine.prepare(gather(x_TD, routing), routing)
         counts = routing.counts_E.tolist()
         capacity = routing.buffer_capacity if isinstance(routing, CapacityRouting) else None
+        plan = self._chosen(self.plan if plan is None else plan, counts, capacity, x_TD.shape[0])
+        self.check(plan, experts)
+        rows_ND = combine.prepare(gather(x_TD, routing), routing)
         parts, first_expert, first_row = [], 0, 0
         for name, bank in experts.groups().items():
             own = counts[first_expert : first_expert + bank.num_experts]
@@ -96,6 +111,24 @@ class ExpertParallel:
         )
         y_TO: Tensor = combine(rows_NO, routing, x_TD.dtype)
         return y_TO
+
+    def _chosen(self, plan: AnyPlan, counts: list[int], capacity: int | None, tokens: int) -> ExecutionPlan:
+        """The plan of a call.
+
+        Raises:
+            ConfigError: nobody is there to choose one.
+        """
+        if isinstance(plan, ExecutionPlan):
+            return plan
+        check_plan(plan)
+        if self.chooser is not None:
+            return self.chooser.plan_for(self.name, counts, capacity, tokens)
+        if self.mesh.everyone.size == 1:
+            return ExecutionPlan()
+        raise ConfigError(
+            f"{self.name}: plan='auto', but nobody chooses: call flexpert.tune.attach(model, tuner) on every "
+            f"rank after parallelize, or give an ExecutionPlan"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +156,14 @@ class _Call:
         weights = weights_for(self.bank, mesh, plan.r, rows_ND.dtype, self.name)
         if plan.r == 0:
             with phase("experts", len(rows_ND)):
-                return _rows(_Bound(self.bank, None), rows_ND, counts_E, weights)
+                y_NO = _rows(_Bound(self.bank, None), rows_ND, counts_E, weights)
+            return y_NO if len(rows_ND) else _anchored(y_NO, weights)
         if not padded:
-            return self._travel(rows_ND, counts_E, splits, weights)
+            routes = Routes(splits, starts_by_rank(counts_E, mesh), plan.degree, plan.r <= 1)
+            return self._travel(rows_ND, routes, weights)
         return self._travel_padded(rows_ND, counts_E, agreed, weights)
 
-    def _travel(
-        self, rows_ND: Tensor, counts_E: Tensor, splits: Splits, weights: dict[str, Tensor]
-    ) -> Tensor:
+    def _travel(self, rows_ND: Tensor, routes: Routes, weights: dict[str, Tensor]) -> Tensor:
         mesh, plan = self.transport.mesh, self.plan
         bound = _Bound(self.bank, None if self.bank.layout() else mesh.experts_of(self.bank.num_experts))
 
@@ -140,13 +173,10 @@ class _Call:
         exchange = Exchange(
             name=self.name,
             algorithm=mesh.algorithms[plan.algorithm],
-            splits=splits,
-            starts_PE=starts_by_rank(counts_E, mesh),
-            degree=plan.degree,
+            routes=routes,
             codec=plan.codec,
             compute=compute,
             output_dim=self.bank.output_dim,
-            in_order=plan.r <= 1,
         )
         return run(exchange, rows_ND, list(weights.values()))
 
@@ -154,7 +184,7 @@ class _Call:
         self, rows_ND: Tensor, counts_E: Tensor, capacity: int, weights: dict[str, Tensor]
     ) -> Tensor:
         """With every expert's rows in a buffer of `capacity` rows, the rest of it 0."""
-        mesh, num_experts = self.transport.mesh, self.bank.num_experts
+        num_experts, plan = self.bank.num_experts, self.plan
         rank_N = torch.arange(rows_ND.shape[0]) - torch.repeat_interleave(
             counts_E.cumsum(0) - counts_E, counts_E
         )
@@ -163,10 +193,8 @@ class _Call:
         buffer_ND = rows_ND.new_zeros(num_experts * capacity, rows_ND.shape[1]).index_copy(
             0, place_N, rows_ND
         )
-        matrix = even_counts(capacity, num_experts, mesh, self.plan.r)
-        splits = mesh.algorithms[self.plan.algorithm].known(matrix)
-        full_E = torch.full((num_experts,), capacity, dtype=torch.int64)
-        return self._travel(buffer_ND, full_E, splits, weights).index_select(0, place_N)
+        routes = self.transport.even_routes(capacity, num_experts, plan.r, plan.algorithm, plan.degree)
+        return self._travel(buffer_ND, routes, weights).index_select(0, place_N)
 
     def _meet(self, rows_ND: Tensor, counts_E: Tensor, capacity: int | None) -> tuple[int, Any]:
         """Exchange counts, capacity and what must be equal: (capacity of all ranks, splits)."""
@@ -251,27 +279,19 @@ def _rows(bank: Any, rows_ND: Tensor, counts_E: Tensor, weights: dict[str, Tenso
     return y_NO
 
 
+def _anchored(y_NO: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """The same, of no rows; a bank that then calls no expert would leave the others alone in backward."""
+    for weight in weights.values():
+        if weight.requires_grad:
+            y_NO = y_NO + weight.flatten()[:0].sum().to(y_NO.dtype)
+    return y_NO
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """What experts compute in, and rows travel in: autocast's dtype where it is on and x is not fp64."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
-
-
-def _check_bank_allows(plan: ExecutionPlan, bank: Any, name: str, mesh: ExpertMesh) -> None:
-    if plan.r > 1 and not bank.sliceable:
-        raise ConfigError(
-            f"{name}: plan r={plan.r} cuts experts into slices, which {type(bank).__name__} does not declare "
-            f"(sliceable=False); use r=0 or r=1"
-        )
-    if bank.row_independent:
-        return
-    together = mesh.whole.size == 1 or (plan.r == 1 and mesh.slices == 1 and plan.degree == 1)
-    if not together or mesh.replicas > 1:
-        raise ConfigError(
-            f"{name}: the results of {type(bank).__name__} depend on which rows come together "
-            f"(row_independent=False); such experts need r=1, degree=1, one slice and one replica"
-        )
 
 
 def _widened(counts_Pe: Tensor, mesh: ExpertMesh) -> Tensor:
@@ -280,14 +300,16 @@ def _widened(counts_Pe: Tensor, mesh: ExpertMesh) -> Tensor:
     return torch.nn.functional.pad(counts_Pe, (0, most - counts_Pe.shape[1]))
 
 
-def prepare(name: str, experts: Any, mesh: ExpertMesh, plan: ExecutionPlan, verify: bool) -> ExpertParallel:
+def prepare(name: str, experts: Any, mesh: ExpertMesh, plan: AnyPlan, verify: bool) -> ExpertParallel:
     """The transport of a layer whose bank fits the mesh and allows the default plan.
 
     Raises:
         ConfigError: it does not.
     """
     name = f"{name}.experts" if name else "experts"
+    check_plan(plan)
     check_bank(name, experts, mesh)
     transport = ExpertParallel(name, mesh, plan, verify)
-    transport.check(plan, experts)
+    if isinstance(plan, ExecutionPlan):
+        transport.check(plan, experts)
     return transport

@@ -77,14 +77,17 @@ class ParallelConfig:
         replicas: copies of all experts; divides the ranks.
         slices: ranks that share one expert; None for as few as the ranks allow.
         dense: what is no expert: "ddp" copies it to every rank, "fsdp" shards it.
-        plan: fields of `ExecutionPlan`; those left out have its defaults.
+        plan: "auto": the tuner chooses, step by step (`flexpert.tune`); or fields of `ExecutionPlan`, whose
+            others have their defaults: {} is the default plan.
+        deterministic: the tuner measures nothing, so that a resumed run repeats an uninterrupted one exactly.
         verify: compare what the ranks are about to do before rows travel.
     """
 
     replicas: int = 1
     slices: int | None = None
     dense: str = "ddp"
-    plan: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] | str = "auto"
+    deterministic: bool = False
     verify: bool = True
 
 
@@ -139,7 +142,10 @@ class TrainConfig:
         _require("parallel.replicas", p.replicas, p.replicas >= 1, "an integer >= 1")
         _require("parallel.slices", p.slices, p.slices is None or p.slices >= 1, "None or an integer >= 1")
         _require("parallel.dense", p.dense, p.dense in ("ddp", "fsdp"), "'ddp' or 'fsdp'")
-        ExecutionPlan.from_dict(p.plan)  # raises for a field or value that no plan has
+        if isinstance(p.plan, str):
+            _require("parallel.plan", p.plan, p.plan == "auto", "'auto' or fields of a plan, such as {r: 1}")
+        else:
+            ExecutionPlan.from_dict(p.plan)  # raises for a field or value that no plan has
         _require("timeout", self.timeout, 0 < self.timeout < math.inf, "a number > 0")
         _require(
             "data.sequence_length",

@@ -39,7 +39,7 @@ def generate(
     from flexpert.models.generation import generate_text
     from flexpert.models.moe_lm import MoELanguageForCausalLM
 
-    from .figures import quieten_transformers
+    from .model_task import quieten_transformers
 
     quieten_transformers()
     model = MoELanguageForCausalLM.from_pretrained(saved).eval()

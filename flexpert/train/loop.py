@@ -40,7 +40,8 @@ def fit(
     """Train to the end, from the newest checkpoint in `folder/checkpoints` where there is one.
 
     The weights after step n are the same, bit for bit, whether the run was interrupted or not (same machine,
-    same settings).
+    same settings); on several ranks with plans that are static or deterministic, else up to the order of sums
+    from where the interrupted run's log of plans ends.
 
     Args:
         task: model, data and loss; on several ranks after `ranks.prepare(task.model)`.
@@ -66,7 +67,8 @@ def fit(
     saving = CheckpointSaver(folder / "checkpoints", asynchronous=config.checkpoint_async)
     with saving as saver, ranks.timed(task.model, optimizer) as stragglers:
         for step in range(start, total):
-            result = _step(task, ranks, optimizer, config, step, total)
+            with ranks.tuning.step(step):
+                result = _step(task, ranks, optimizer, config, step, total)
             if balancer is not None:
                 balancer.observe(result.stats)
                 balancer.step(ranks.total)
@@ -93,8 +95,10 @@ def fit(
             if done % config.checkpoint_every == 0 or done == total:
                 seconds = before + time.perf_counter() - began
                 state: dict[str, Any] = {"seconds": seconds, "config": config.to_dict()}
+                state |= {} if (known := ranks.tuning.state()) is None else {"tuner": known}
                 with stragglers.paused():
                     saver.save(done, collect_state(task.model, optimizer), state)
+    ranks.tuning.finish()
     return before + time.perf_counter() - began
 
 
@@ -109,8 +113,10 @@ def _resume(task: Task, optimizer: torch.optim.Optimizer, folder: Path, ranks: O
     """Steps done and seconds spent so far; every rank reads its parts of the checkpoint that rank 0 found."""
     path = ranks.from_main(lambda: str(latest_checkpoint(folder / "checkpoints") or ""))
     if not path:
+        ranks.tuning.begin(folder, 0, None)
         return 0, 0.0
     checkpoint = restore_checkpoint(Path(path), task.model, optimizer)
+    ranks.tuning.begin(folder, checkpoint.step, checkpoint.state.get("tuner"))
     return checkpoint.step, float(checkpoint.state.get("seconds", 0.0))
 
 

@@ -43,6 +43,7 @@ from flexpert.parallel.state import accept_full_tensors
 from .config import ParallelConfig, TrainConfig
 from .stragglers import Stragglers
 from .task import StepResult
+from .tuning import NoTuning, Tuning, make_tuning
 from .world import World, process_group, read_world
 
 Sum = Callable[[Tensor], Tensor]
@@ -55,6 +56,7 @@ class OneRank:
         world: the place of this process.
         device: where it computes.
         all_reduce: the differentiable sum over ranks, for `RoutingContext`; None for one process.
+        tuning: what chooses the plans of steps, after `prepare`.
     """
 
     all_reduce: Sum | None = None
@@ -62,6 +64,7 @@ class OneRank:
     def __init__(self, world: World | None = None, device: torch.device | None = None) -> None:
         self.world = World() if world is None else world
         self.device = torch.device("cpu") if device is None else device
+        self.tuning: Tuning | NoTuning = NoTuning()
 
     def prepare(self, model: nn.Module) -> None:
         """Lay a model out over these ranks, for training; before the optimiser is made."""
@@ -113,6 +116,7 @@ class ManyRanks(OneRank):
         world: the place of this process in the default process group.
         device: where it computes.
         layout: how the model is shared.
+        dtype: that experts compute in.
 
     Attributes:
         mesh: of the experts, after `prepare`; None for a model without.
@@ -120,9 +124,14 @@ class ManyRanks(OneRank):
     """
 
     def __init__(
-        self, world: World, device: torch.device | None = None, layout: ParallelConfig | None = None
+        self,
+        world: World,
+        device: torch.device | None = None,
+        layout: ParallelConfig | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(world, device)
+        self._dtype = dtype
         self.layout = ParallelConfig() if layout is None else layout
         self.mesh: ExpertMesh | None = None
         self._dense_heartbeat: Heartbeat | None = None
@@ -151,8 +160,10 @@ class ManyRanks(OneRank):
             device=self.device.type,
         )
         self.group.heartbeat = self.mesh.heartbeat
-        plan = ExecutionPlan.from_dict(layout.plan)
-        parallelize(model, self.mesh, dense=layout.dense, plan=plan, verify=layout.verify)
+        auto = isinstance(layout.plan, str)
+        parallelize(model, self.mesh, dense=layout.dense, plan=_static(layout), verify=layout.verify)
+        if auto:
+            self.tuning = make_tuning(model, self.mesh, self._dtype, layout.deterministic)
         self.mesh.traffic.reset()
         return None
 
@@ -186,8 +197,9 @@ class ManyRanks(OneRank):
         own = torch.tensor([self.mesh.traffic.inside, self.mesh.traffic.between], device=self.device)
         self.mesh.traffic.reset()
         inside, between = (round(sent / steps) for sent in self.total(own).tolist())
-        plan = ExecutionPlan.from_dict(self.layout.plan).to_dict()
-        text = " ".join(f"{name}={value}" for name, value in plan.items())
+        text = " ".join(f"{name}={value}" for name, value in _static(self.layout).to_dict().items())
+        if self.tuning.tuner is not None:
+            text = self.tuning.tuner.describe_plans()
         return {"plan": text, "bytes_inside": inside, "bytes_between": between}
 
     @contextmanager
@@ -279,7 +291,8 @@ def join(config: TrainConfig) -> Iterator[OneRank]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with process_group(world, device, backend=config.backend, timeout=config.timeout):
-        ranks = ManyRanks(world, device, config.parallel)
+        dtype = getattr(torch, config.optimizer.dtype)
+        ranks = ManyRanks(world, device, config.parallel, dtype)
         try:
             with fault_guard(ranks.group):
                 yield ranks
@@ -294,6 +307,11 @@ def weighted(value: Tensor, weight: float) -> Tensor:
     all samples.
     """
     return value if weight == 1 else value * weight
+
+
+def _static(layout: ParallelConfig) -> ExecutionPlan:
+    """The plan where none is chosen."""
+    return ExecutionPlan() if isinstance(layout.plan, str) else ExecutionPlan.from_dict(layout.plan)
 
 
 def _most_experts(model: nn.Module) -> int:

@@ -1,7 +1,34 @@
-"""Choosing execution plans: workloads, machines, and the time and memory that a plan takes."""
+"""Choosing execution plans: workloads, machines, the time and memory a plan takes, and the tuner."""
 
+from .attach import attach, cost_of, dictionary_path, digest_of, place_of
+from .bucket import Bucket
 from .cost import Cost, candidates, predict
-from .machine import Link, Machine, Rate
+from .dictionary import Dictionary
+from .log import PlanLog
+from .machine import Link, Machine, Overheads, Rate
+from .search import Limits
+from .tuner import Tuner, TunerSettings
 from .workload import LayerShape, Workload
 
-__all__ = ["Cost", "LayerShape", "Link", "Machine", "Rate", "Workload", "candidates", "predict"]
+__all__ = [
+    "Bucket",
+    "Cost",
+    "Dictionary",
+    "LayerShape",
+    "Limits",
+    "Link",
+    "Machine",
+    "Overheads",
+    "PlanLog",
+    "Rate",
+    "Tuner",
+    "TunerSettings",
+    "Workload",
+    "attach",
+    "candidates",
+    "cost_of",
+    "dictionary_path",
+    "digest_of",
+    "place_of",
+    "predict",
+]

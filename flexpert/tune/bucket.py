@@ -12,7 +12,8 @@ from flexpert.core.registry import check_options
 
 ROWS_PER_BUCKET = 128  # R of Tutel (arXiv 2206.03382, section 3.3)
 SKEWS = ("even", "skewed", "one-sided")
-_EDGES = (1.5, 3.0)  # of the busiest expert's rows over the mean
+ROOM = ("tight", "roomy", "wide")
+_EDGES = (1.5, 3.0)  # of the busiest expert's rows over the mean, and of buffers over rows
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -21,8 +22,8 @@ class Bucket:
 
     Attributes:
         rows: of a rank, on average over the ranks, divided by R and rounded down.
-        capacity: of a rank's buffers for all experts, likewise; -1 where the router has no capacity. With
-            it come the padded plans, whose cost depends on it.
+        capacity: -1 where the router has none; else 0, 1 or 2 for buffers of less than 1.5 times the rows,
+            less than 3 times, or more. It is what padded plans cost over ragged ones.
         skew: 0, 1 or 2 for a busiest expert with less than 1.5 times the mean of the rows, less than 3 times,
             or more; see `SKEWS`.
     """
@@ -44,19 +45,18 @@ class Bucket:
             rows_per_bucket: R.
         """
         total, experts = sum(counts), len(counts)
-        ratio = max(counts) * experts / total if total else 1.0
+        busiest = max(counts) * experts / total if total else 1.0
+        room = None if capacity is None else capacity * experts * ranks / max(total, 1)
         return cls(
             rows=total // ranks // rows_per_bucket,
-            capacity=-1 if capacity is None else capacity * experts // rows_per_bucket,
-            skew=sum(ratio >= edge for edge in _EDGES),
+            capacity=-1 if room is None else _class(room),
+            skew=_class(busiest),
         )
 
     def distance(self, other: Bucket) -> float:
         """How unlike two buckets are, 0 for equal ones: the factor between their sizes counts."""
-        size = abs(_level(self.rows) - _level(other.rows)) + abs(
-            _level(self.capacity) - _level(other.capacity)
-        )
-        return size + abs(self.skew - other.skew)
+        size = abs(math.log2(self.rows + 1) - math.log2(other.rows + 1))
+        return size + abs(self.skew - other.skew) + abs(self.capacity - other.capacity)
 
     def to_dict(self) -> dict[str, int]:
         """Plain data; `from_dict` is its inverse."""
@@ -67,26 +67,28 @@ class Bucket:
         """A bucket from plain data.
 
         Raises:
-            ConfigError: an unknown key, or no integer.
+            ConfigError: an unknown key, or a value that cannot be.
         """
         check_options("bucket", data, ("rows", "capacity", "skew"))
         for name, value in data.items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"bucket: {name}={value!r}, expected an integer")
-        return cls(**data)
+        found = cls(**data)
+        bounds = {"rows": (0, None), "capacity": (-1, len(ROOM) - 1), "skew": (0, len(SKEWS) - 1)}
+        for name, (least, most) in bounds.items():
+            value = getattr(found, name)
+            if value < least or (most is not None and value > most):
+                raise ConfigError(f"bucket: {name}={value}, expected {least}..{'' if most is None else most}")
+        return found
 
     def describe(self, rows_per_bucket: int = ROWS_PER_BUCKET) -> str:
-        """In words: "256..383 rows, capacity 512..639, even"."""
-        parts = [f"{_range(self.rows, rows_per_bucket)} rows"]
+        """In words: "256..383 rows, even, tight buffers"."""
+        parts = [f"{self.rows * rows_per_bucket}..{(self.rows + 1) * rows_per_bucket - 1} rows"]
+        parts.append(SKEWS[self.skew])
         if self.capacity >= 0:
-            parts.append(f"capacity {_range(self.capacity, rows_per_bucket)}")
-        return ", ".join([*parts, SKEWS[self.skew]])
+            parts.append(f"{ROOM[self.capacity]} buffers")
+        return ", ".join(parts)
 
 
-def _range(index: int, size: int) -> str:
-    return f"{index * size}..{(index + 1) * size - 1}"
-
-
-def _level(index: int) -> float:
-    """A logarithm that bears 0 and -1."""
-    return math.log2(index + 2)
+def _class(ratio: float) -> int:
+    return sum(ratio >= edge for edge in _EDGES)

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from flexpert.core.errors import ConfigError
 from flexpert.core.plan import ExecutionPlan
-from flexpert.parallel.predict import Transfer, counts_on_wire, transfers_of_call
-from flexpert.parallel.rows import RowTraffic
+from flexpert.parallel.predict import Transfer, transfers_of_call
 
 from .collectives import Clock
 from .machine import Machine
 from .memory import memory_of
-from .pipeline import pipeline
+from .step import time_of
 from .workload import DTYPES, LayerShape, Workload
 
 DEGREES = (1, 2, 4, 8)
@@ -76,40 +75,10 @@ def predict(
     workload.check(shape)
     transfers = transfers_of_plan(shape, plan, workload, backward=backward)
     inside_W, between_W = rank_bytes(transfers)
-    clock = Clock(shape, machine)
-    parts = {"router": clock.everyone(machine.overheads.token * workload.tokens)}
-    seconds = parts["router"]
-
-    def add(name: str, value: float) -> None:
-        nonlocal seconds
-        parts[name] = parts.get(name, 0.0) + value
-        seconds += value
-
-    for transfer in transfers:
-        if transfer.name == "counts":
-            add("counts", clock.exchange(transfer, transfer, "linear"))
-        elif transfer.name in ("gather", "scatter", "average"):
-            add(transfer.name, clock.collective(transfer))
-    for reverse in (False, True) if backward else (False,):
-        call = machine.overheads.call_backward if reverse else machine.overheads.call
-        add("calls", clock.everyone(call))
-        compute = clock.experts(computed_rows(shape, plan, workload), plan, reverse)
-        if plan.r == 0:
-            add("experts", compute)
-            continue
-        there, back = (
-            next(t for t in transfers if (t.name, t.backward) == (name, reverse))
-            for name in ("dispatch", "combine")
-        )
-        times = [clock.exchange(a, b, plan.algorithm) for a, b in ((there, back), (back, there))]
-        lasted = pipeline(times[0], compute, times[1], plan.degree, machine)
-        for name, value in zip(
-            ("dispatch", "experts", "combine"), (times[0], compute, times[1]), strict=True
-        ):
-            parts[name] = parts.get(name, 0.0) + value
-        seconds += lasted
+    parts, seconds = time_of(shape, plan, workload, machine, transfers, backward=backward)
     if optimizer:
-        add("optimizer", clock.optimizer())
+        parts["optimizer"] = Clock(shape, machine).optimizer()
+        seconds += parts["optimizer"]
     busiest = int((inside_W + between_W).argmax())
     return Cost(
         seconds=seconds,
@@ -179,15 +148,3 @@ def rank_bytes(transfers: list[Transfer]) -> tuple[Tensor, Tensor]:
         torch.stack([transfer.inside_W for transfer in transfers]).sum(0),
         torch.stack([transfer.between_W for transfer in transfers]).sum(0),
     )
-
-
-def computed_rows(shape: LayerShape, plan: ExecutionPlan, workload: Workload) -> Tensor:
-    """int64 (P, e) for r >= 1, (P, E) for r = 0: rows that each rank computes for each of its experts."""
-    if plan.r == 0:
-        return workload.rows_PE
-    rows_PE = counts_on_wire(workload.rows_PE, plan, workload.capacity)
-    block = shape.slices // plan.r
-    rows_BE = RowTraffic.by_class(rows_PE, block)
-    place_P = torch.arange(shape.ranks)
-    rows_PXe = rows_BE[place_P % shape.slices % block].unflatten(1, (shape.expert_ranks, -1))
-    return rows_PXe[place_P, place_P // shape.slices]

@@ -25,18 +25,20 @@ class Link:
         bandwidth: bytes per second and direction: of one rank's port inside a node, of the port that all
             ranks of a node share between nodes.
         per_message: seconds of a processor for each message a rank sends.
-        per_byte: seconds of a processor for each byte a rank sends, where processors move the bytes.
+        step: seconds of one step of a ring (all-gather, reduce-scatter, all-reduce) over this link.
+        ring_bandwidth: bytes per second that rings reach on it; 0: `bandwidth`.
         concurrency: how many times the bandwidth several exchanges under way reach together; >= 1.
     """
 
     latency: float
     bandwidth: float
     per_message: float = 0.0
-    per_byte: float = 0.0
+    step: float = 0.0
+    ring_bandwidth: float = 0.0
     concurrency: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_numbers("link", self, ("latency", "per_message", "per_byte"), least=0.0)
+        _check_numbers("link", self, ("latency", "per_message", "step", "ring_bandwidth"), least=0.0)
         _check_numbers("link", self, ("bandwidth",), above=0.0)
         _check_numbers("link", self, ("concurrency",), least=1.0)
 
@@ -65,20 +67,27 @@ class Rate:
                     f"rate: {name}={list(values)}, expected {len(self.rows)} numbers > 0, as of rows"
                 )
 
-    def at(self, rows: float, *, backward: bool = False) -> float:
-        """Operations per second at so many rows: between points as the time runs, which is linear in rows.
+    def seconds(self, rows: float, flops: float, *, backward: bool = False) -> float:
+        """Of so many rows of one expert: between points linear in rows, so that the weights' time counts.
 
-        Below the first point a product takes the time of that point; beyond the last its rate holds.
+        Up to the first point products take the time of that point; beyond the last its rate holds.
+
+        Args:
+            rows: >= 0; none take no time.
+            flops: of one row.
+            backward: which of the two.
         """
+        if rows <= 0:
+            return 0.0
         values = self.backward if backward else self.forward
         if rows >= self.rows[-1]:
-            return values[-1]
-        if rows <= self.rows[0]:
-            return values[0] * max(rows, 1e-9) / self.rows[0]
+            return rows * flops / values[-1]
+        times = [n / value for n, value in zip(self.rows, values, strict=True)]
         i = bisect_left(self.rows, rows)
-        (r0, r1), (v0, v1) = self.rows[i - 1 : i + 1], values[i - 1 : i + 1]
-        time = r0 / v0 + (r1 / v1 - r0 / v0) * (rows - r0) / (r1 - r0)
-        return rows / time
+        if i == 0:
+            return flops * times[0]
+        share = (rows - self.rows[i - 1]) / (self.rows[i] - self.rows[i - 1])
+        return flops * (times[i - 1] + (times[i] - times[i - 1]) * share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,22 +95,24 @@ class Overheads:
     """Seconds on one rank, alone, for what is no product and no transfer.
 
     Attributes:
-        call: once a forward pass: calls, autograd, the layer itself.
-        call_backward: once a backward pass.
-        token: of the router, for each token, forward and backward.
-        row: of dispatch and combine, for each row, width and byte: seconds per byte of a row.
-        expert: of an expert that computes, each time its chunk comes.
-        chunk: of one chunk of rows: indices, splits.
+        call, call_backward: once a pass, the first chunk included.
+        chunk, chunk_backward: of each chunk of rows after the first: indices, splits, calls.
+        token, token_backward: of the router, for each token.
+        row, row_backward: of gathering, sorting and combining, for each byte of a row.
         collective: of issuing one collective and waiting for it.
+        relay: of a hierarchical exchange, over its messages: sorting rows for its second phase.
     """
 
     call: float = 0.0
     call_backward: float = 0.0
-    token: float = 0.0
-    row: float = 0.0
-    expert: float = 0.0
     chunk: float = 0.0
+    chunk_backward: float = 0.0
+    token: float = 0.0
+    token_backward: float = 0.0
+    row: float = 0.0
+    row_backward: float = 0.0
     collective: float = 0.0
+    relay: float = 0.0
 
     def __post_init__(self) -> None:
         names = tuple(f.name for f in dataclasses.fields(self))
@@ -120,7 +131,8 @@ class Machine:
         overheads: of calls.
         processors: that all `sharing` ranks have between them; None: each rank has its own.
         sharing: ranks that share the processors.
-        interference: how many times as long products take while rows travel; >= 1.
+        overlap: the share of the shorter of computation and communication that hides behind the longer where
+            both go on at once; 0 to 1.
         reduce_scatter: bytes on the links for each byte of a plain reduce-scatter; 2 where the backend makes
             an all-reduce of it, as gloo does.
         memory: bytes of one rank's device; 0: unknown.
@@ -135,14 +147,17 @@ class Machine:
     overheads: Overheads = field(default_factory=Overheads)
     processors: float | None = None
     sharing: int = 1
-    interference: float = 1.0
+    overlap: float = 1.0
     reduce_scatter: float = 1.0
     memory: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_numbers("machine", self, ("memory_bandwidth",), above=0.0)
-        _check_numbers("machine", self, ("interference", "reduce_scatter", "sharing"), least=1.0)
+        _check_numbers("machine", self, ("reduce_scatter", "sharing"), least=1.0)
+        _check_numbers("machine", self, ("overlap",), least=0.0)
+        if self.overlap > 1:
+            raise ConfigError(f"machine: overlap={self.overlap!r}, expected a number from 0 to 1")
         _check_numbers("machine", self, ("memory",), least=0.0)
         if self.processors is not None:
             _check_numbers("machine", self, ("processors",), above=0.0)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from .machine import Machine
 
-
-def pipeline(dispatch: float, experts: float, combine: float, degree: int, machine: Machine) -> float:
-    """Seconds of the three together.
+def pipeline(dispatch: float, experts: float, combine: float, degree: int, overlap: float = 1.0) -> float:
+    """Seconds of the three together (Tutel, arXiv 2206.03382, section 3.2).
 
     All chunks are sent at once and arrive one after the other; a chunk is computed when it is there and the
     one before is done, and sent back when it is computed and the link is free.
@@ -16,21 +14,16 @@ def pipeline(dispatch: float, experts: float, combine: float, degree: int, machi
         experts: of computing, all chunks together.
         combine: of the exchange back.
         degree: chunks.
-        machine: whose interference and concurrency count where chunks overlap.
+        overlap: the share of what so hides that really does, 0 to 1.
 
     Returns:
         between the longest of communication and computation, and their sum.
     """
+    serial = dispatch + experts + combine
     if degree == 1:
-        return dispatch + experts + combine
-    fills = max(machine.between.concurrency, 1.0)
-    there, back = dispatch / degree / fills, combine / degree / fills
-    chunk = experts / degree
-    done = ended = 0.0
-    link = dispatch / fills  # busy with what goes there
+        return serial
+    done, link = 0.0, dispatch  # when the last chunk is computed; when the link is free for the way back
     for i in range(degree):
-        arrived = (i + 1) * there
-        done = max(done, arrived) + chunk * (machine.interference if arrived < dispatch / fills else 1.0)
-        link = max(link, done) + back
-        ended = link
-    return min(ended, dispatch + experts + combine)
+        done = max(done, dispatch * (i + 1) / degree) + experts / degree
+        link = max(link, done) + combine / degree
+    return overlap * link + (1 - overlap) * serial

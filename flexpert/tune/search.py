@@ -54,10 +54,10 @@ class Limits:
         ConfigError: a number out of range.
     """
 
-    trials: int = 24
-    worst: float = 3.0
-    near: float = 1.5
-    pool: int = 8
+    trials: int = 16
+    worst: float = 2.0
+    near: float = 1.3
+    pool: int = 6
     noise: float = 0.03
     confidence: float = 2.0
 
@@ -121,6 +121,7 @@ class Search:
 
     Attributes:
         candidates: those that may run, best prediction first (after `first`).
+        hints: those of them that may run.
         samples: measurements in order.
     """
 
@@ -139,7 +140,7 @@ class Search:
         self.candidates = [c for c in ordered if c.predicted <= bound]
         self.candidates.sort(key=lambda c: c.plan != first)
         self._place = {c.plan: i for i, c in enumerate(self.candidates)}
-        self._hints = [self._place[plan] for plan in hints if plan in self._place]
+        self.hints = [plan for plan in hints if plan in self._place]
         self.samples: list[Sample] = []
         self._standing: Standing | None = None
 
@@ -194,6 +195,14 @@ class Search:
         if self._standing is None:
             self._standing = _fold(self.samples, self.limits.noise)
         return self._standing
+
+    def errors(self) -> dict[ExecutionPlan, float]:
+        """How many times as long as predicted each measured plan took, beside the first choice."""
+        first = self.candidates[0].predicted
+        return {
+            self.candidates[i].plan: math.exp(self.standing.score(i)) * first / self.candidates[i].predicted
+            for i in {*self.standing.scores, self.standing.leader}
+        }
 
     def half_width(self, count: int) -> float:
         """Of the confidence interval of a score from so many measurements."""
@@ -251,7 +260,7 @@ class Search:
                 low += third + 1
         best, *others = sorted(values, key=lambda r: values[r])
         rivals = [first_of[r] for r in others if values[r] <= values[best] + self.half_width(_PER_R)]
-        self._halve(standing, [*self._pool(best), *rivals[:1], *self._hints])
+        self._halve(standing, [*self._pool(best), *rivals[:1], *(self._place[plan] for plan in self.hints)])
 
     def _pool(self, r: int) -> list[int]:
         """The model's favourites with this r."""
@@ -331,3 +340,15 @@ def _fold(samples: Sequence[Sample], least_noise: float) -> Standing:
 
 def _percent(log_ratio: float) -> str:
     return f"{100 * math.expm1(abs(log_ratio)):.1f} %"
+
+
+def corrected(candidates: Sequence[Candidate], errors: dict[ExecutionPlan, float]) -> list[Candidate]:
+    """The candidates with the errors of a similar search taken out of their predictions.
+
+    Plans that were not measured there err as those with the same r did, in the median.
+    """
+    by_r: dict[int, list[float]] = {}
+    for plan, error in errors.items():
+        by_r.setdefault(plan.r, []).append(error)
+    usual = {r: statistics.median(values) for r, values in by_r.items()}
+    return [Candidate(c.plan, c.predicted * errors.get(c.plan, usual.get(c.plan.r, 1.0))) for c in candidates]

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from flexpert import MoE, MoEConfig, RoutingContext
-from flexpert.experts import ExpertBank, ModuleExperts
+from flexpert.experts import ExpertBank, ModuleExperts, StackedModules
 from flexpert.parallel import ExecutionPlan, clip_grad_norm_, expert_mesh, groups_by_mesh, parallelize
 from flexpert.routers import build_router
 
@@ -27,10 +27,10 @@ def make_layer(kind="mlp", dtype=torch.float64, **options):
     settings = {**defaults, **options}
     if kind == "mixed":
         settings |= {"expert": MIXED, "num_experts": 12}
-    elif kind != "modules":
+    elif kind not in WITH_PARTS:
         settings["expert"] = kind
     config = MoEConfig(**settings)
-    layer = _with_modules(config) if kind == "modules" else MoE(config)
+    layer = WITH_PARTS[kind](config) if kind in WITH_PARTS else MoE(config)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if "b1" in name or "b2" in name:
@@ -45,6 +45,32 @@ def _with_modules(config):
         for width in shapes
     ]
     return MoE(router=build_router(config), experts=ModuleExperts(modules, model_dim=D))
+
+
+class Buffered(torch.nn.Module):
+    """An MLP with two buffers, one along its hidden dimension, one of integers."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(D, F), torch.nn.Linear(F, D)
+        self.register_buffer("scale", torch.rand(F) + 0.5)
+        self.register_buffer("place", torch.tensor(place))
+
+    def forward(self, rows):
+        return self.down(torch.tanh(self.up(rows) * self.scale) * (1 + self.place))
+
+
+def _stacked(config):
+    experts = StackedModules(
+        [Buffered(place) for place in range(config.num_experts)],
+        model_dim=D,
+        slice_dims={"up.weight": 0, "up.bias": 0, "scale": 0, "down.weight": 1},
+        once=["down.bias"],
+    )
+    return MoE(router=build_router(config), experts=experts)
+
+
+WITH_PARTS = {"modules": _with_modules, "stacked": _stacked}
 
 
 def tokens_of(counts, dtype=torch.float64):

@@ -62,6 +62,15 @@ def test_modules_of_their_own():
     check("modules", [4, 3], plans(0, 1))
 
 
+def test_stacked_modules():
+    check("stacked", [4, 0, 3], plans(0, 1), mesh={"num_experts": 6}, norm=0.1, options={"num_experts": 6})
+    mesh = {"num_experts": 4, "slices": 2}
+    todo = [
+        {"r": r, "degree": d, "capacity": c} for r in (0, 1, 2) for d, c in ((1, "ragged"), (2, "padded"))
+    ]
+    check("stacked", [3, 0, 5, 2], todo, mesh=mesh, norm=0.1)
+
+
 @pytest.mark.parametrize("bias", [False, "b1", "b2"])
 @pytest.mark.parametrize("kind", ["mlp", "glu"])
 def test_slices(kind, bias):

@@ -22,9 +22,9 @@ PLANS = [
 ]
 
 
-def count(mesh_options, layer_options, counts, verify):
+def count(mesh_options, layer_options, counts, verify, kind="mlp"):
     mesh = expert_mesh(4, ranks_per_node=2, **mesh_options)
-    layer = make_layer(dtype=torch.float32, **layer_options)
+    layer = make_layer(kind, dtype=torch.float32, **layer_options)
     parallelize(layer, mesh, verify=verify)
     x = tokens_of(counts, torch.float32)[0].split(counts)[dist.get_rank()].requires_grad_()
     results = []
@@ -54,3 +54,10 @@ def test_bytes(mesh, verify):
             assert any(measured != (0, 0) for _, measured, _ in results)
             for plan, measured, predicted in results:
                 assert measured == predicted, plan
+
+
+def test_bytes_of_buffers():
+    """They are gathered with the parameters, and have no gradient."""
+    for results in run_ranks(count, 4, {"slices": 2}, {}, [3, 0, 5, 2], False, "stacked"):
+        for plan, measured, predicted in results:
+            assert measured == predicted, plan

@@ -193,3 +193,39 @@ def test_what_does_not_fit_is_refused_on_all_ranks_and_nothing_is_copied(tmp_pat
         assert "absent.safetensors cannot be read" in absent
         assert "damaged.safetensors cannot be read" in damaged
         assert "1.experts.w1 has shape (4, 2, 8, 6) in the checkpoint, (12, 2, 8, 6) in this layer" in shape
+
+
+def buffers_over_ranks(dense, start):
+    """What a rank holds of a bank with buffers, and the model after a call and after each way in."""
+    torch.manual_seed(5)
+    world = dist.get_world_size()
+    model = torch.nn.Sequential(torch.nn.Linear(D, D), make_layer("stacked", num_experts=12)).double()
+    parallelize(model, expert_mesh(12, **LAYOUTS[world]), dense=dense)
+    bank = model[1].experts
+    held = sum(t.to_local().numel() for t in [*bank.parameters(), *bank.buffers()])
+    plain = [name for name, t in bank.state_dict().items() if not hasattr(t, "to_local")]
+    ways = [lambda: load_full_state_dict(model, start), lambda: model.load_state_dict(start)]
+    exports = []
+    for way in ways:
+        with torch.no_grad():
+            for tensor in [*bank.parameters(), *bank.buffers()]:
+                tensor.to_local().zero_()
+        way()
+        exports.append(full_state_dict(model))
+    return held, plain, exports, model(torch.ones(3, D, dtype=torch.float64)).detach()
+
+
+def test_buffers_are_cut_as_parameters_are():
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(D, D), make_layer("stacked", num_experts=12)).double()
+    want, y = model.state_dict(), model(torch.ones(3, D, dtype=torch.float64)).detach()
+    assert {"1.experts.module.scale", "1.experts.module.place"} <= want.keys()
+    each = sum(tensor[0].numel() for tensor in model[1].experts.state_dict().values())
+    for world, dense in ((3, "ddp"), (3, "fsdp"), (2, "ddp")):
+        ranks = run_ranks(buffers_over_ranks, world, dense, dict(want))
+        for rank, (held, plain, exports, got) in enumerate(ranks):
+            assert plain == []
+            assert held == each * (4 if world == 3 else 12)  # of two ranks each is a replica
+            torch.testing.assert_close(got, y)
+            for exported in exports:
+                assert same(exported, want) if rank == 0 else exported == {}

@@ -23,7 +23,7 @@ SMALL = (
 
 @pytest.fixture
 def settings(tiny_fashion_mnist: Path) -> list[str]:
-    return [SMALL, f"data.folder={tiny_fashion_mnist}", "data.shift=2", "device=cpu"]
+    return [SMALL, f"data.folder={tiny_fashion_mnist}", "data.shift=2", "device=cpu", "parallel.plan={}"]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,15 @@ def run(folder, settings, resume=False):
         return train(load_config(CONFIG, settings), resume=resume)
 
 
+def run_with_cache(folder, settings, cache, resume=False):
+    """The whole job, with another cache folder."""
+    os.environ["FLEXPERT_CACHE"] = cache
+    try:
+        return run(folder, settings, resume)
+    finally:
+        del os.environ["FLEXPERT_CACHE"]
+
+
 @contextmanager
 def started(folder, settings):
     """Task and ranks before the first step."""
@@ -89,7 +98,8 @@ def step(folder, settings):
 def measure(folder, settings, batch_size):
     """Evaluation and load before the first step."""
     with started(folder, settings) as (task, _):
-        return task.evaluate(batch_size=batch_size), task.load()
+        task.evaluation_batch = batch_size
+        return task.evaluate(), task.load()
 
 
 def decide(texts):

@@ -10,7 +10,7 @@ import pytest
 
 from flexpert.core.errors import ConfigError
 from flexpert.core.plan import ExecutionPlan
-from flexpert.tune.search import Candidate, Limits, Search, describe
+from flexpert.tune.search import Candidate, Limits, Search, corrected, describe
 
 R = (0, 1, 2, 4, 8, 16)
 
@@ -131,7 +131,7 @@ def test_the_search_over_r_finds_the_bottom_of_every_valley(count, best):
 def test_hints_are_tried_although_the_model_holds_them_for_bad():
     good = ExecutionPlan(r=1, degree=8)
     plans = [ExecutionPlan(r=1), good, ExecutionPlan(r=1, degree=4)]
-    candidates = [Candidate(plans[0], 1.0), Candidate(good, 2.5), Candidate(plans[2], 4.0)]
+    candidates = [Candidate(plans[0], 1.0), Candidate(good, 1.8), Candidate(plans[2], 4.0)]
     truth = {plans[0]: 1.0, good: 0.5}
 
     def winner(**options):
@@ -187,6 +187,21 @@ def test_why_names_the_winner_and_its_rival():
     assert "first choice" in text
     assert "slower" in text
     assert describe(search.candidates[0].plan) in text or search.plan == search.candidates[0].plan
+
+
+def test_what_was_learnt_corrects_the_predictions_of_a_similar_search():
+    """With the same errors of the model, the second search begins with the winner of the first."""
+    machine = Machine(4, noise=0.02, error=1.4)
+    search, _ = tune(machine)
+    again = Search(corrected(machine.candidates, search.errors()))
+    assert machine.truth[again.plan] <= 1.05 * machine.truth[search.plan]
+    truth, predicted = again.candidates, {c.plan: c.predicted for c in machine.candidates}
+    scale = truth[0].predicted / machine.truth[truth[0].plan]
+    for candidate in truth:
+        if candidate.plan in search.errors():
+            assert candidate.predicted == pytest.approx(scale * machine.truth[candidate.plan], rel=0.12)
+        elif candidate.plan.r not in {plan.r for plan in search.errors()}:
+            assert candidate.predicted == predicted[candidate.plan]
 
 
 def test_bad_limits_and_no_plans():

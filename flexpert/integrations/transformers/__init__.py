@@ -6,8 +6,19 @@ package imports no `transformers`; its functions do.
 
 from __future__ import annotations
 
+from .balance import AttachedBalance, attach_balance
 from .bias import bias_balancer
 from .enable import enable
+from .packed import prepack, unpack
 from .probe import RouterCall, RouterProbe
 
-__all__ = ["RouterCall", "RouterProbe", "bias_balancer", "enable"]
+__all__ = [
+    "AttachedBalance",
+    "RouterCall",
+    "RouterProbe",
+    "attach_balance",
+    "bias_balancer",
+    "enable",
+    "prepack",
+    "unpack",
+]

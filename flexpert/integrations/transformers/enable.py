@@ -7,6 +7,7 @@ from torch import nn
 from .blocks import experts_of
 from .layout import check_layout
 from .library import NAME, enable_interfaces
+from .packed import PackedExperts
 
 
 def enable(model: nn.Module | None = None) -> None:
@@ -16,7 +17,8 @@ def enable(model: nn.Module | None = None) -> None:
     `model.set_experts_implementation("flexpert")` work, on ordinary and on FP8 weights.
 
     Args:
-        model: a model of transformers, or any module with some in it, to be switched at once.
+        model: a model of transformers, or any module with some in it, to be switched at once. (Only this way
+            is a model without routed experts an error: `set_experts_implementation` says nothing then.)
 
     Raises:
         ConfigError: transformers is missing; the model has no routed experts, or weights in a layout that is
@@ -24,6 +26,9 @@ def enable(model: nn.Module | None = None) -> None:
     """
     if model is None:
         enable_interfaces()
+        return
+    if any(isinstance(module, PackedExperts) for module in model.modules()):
+        enable_interfaces()  # packed experts run on our operators already
         return
     found = experts_of(model)
     for name, experts in found.items():

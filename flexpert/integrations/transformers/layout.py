@@ -6,7 +6,6 @@ Its weights are stacked: `gate_up_proj` (E, 2F, D), or `up_proj` (E, F, D) witho
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +30,7 @@ _BY_TYPE: dict[str, str] = {
     "LinearActivation": "identity",
 }
 _BY_FUNCTION: dict[Callable[..., Tensor], str] = {F.silu: "silu", F.relu: "relu", torch.relu: "relu"}
+_DEFAULT_GATE = ("transformers.integrations.moe", "_default_apply_gate")
 _HOMES = ("transformers.activations", "torch.nn.modules.activation")
 
 
@@ -44,18 +44,13 @@ def activation_name(function: Any) -> str | None:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module's class was decorated for the experts interface."""
-    return isinstance(module, nn.Module) and "is_concatenated" in module.__dict__ and _has_gate_rule(module)
+    return "is_concatenated" in module.__dict__ and hasattr(type(module), "_apply_gate")
 
 
-def _has_gate_rule(module: nn.Module) -> bool:
-    return hasattr(type(module), "_apply_gate")
-
-
-@functools.cache
-def _default_gate() -> Any:
-    from .library import moe_module
-
-    return getattr(moe_module(), "_default_apply_gate", None)
+def _has_own_gate(experts: Any) -> bool:
+    """Whether the class has another rule than act(gate) * up."""
+    gate = type(experts)._apply_gate
+    return (gate.__module__, gate.__name__) != _DEFAULT_GATE
 
 
 def first_name(experts: Any) -> str:
@@ -71,7 +66,7 @@ def fused_activation(experts: Any) -> str | None:
     """
     if experts.is_transposed or not experts.is_concatenated or experts.has_post_expert_norm:
         return None
-    if experts.has_gate and type(experts)._apply_gate is not _default_gate():
+    if experts.has_gate and _has_own_gate(experts):
         return None
     return activation_name(getattr(experts, "act_fn", None))
 

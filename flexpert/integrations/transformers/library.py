@@ -7,7 +7,7 @@ from types import ModuleType
 from flexpert.core.errors import ConfigError
 
 NAME = "flexpert"
-_LEAST = "5.23"
+_LEAST = "5.20"
 
 
 def moe_module() -> ModuleType:

@@ -167,8 +167,8 @@ class RouterProbe:
         seen = self._calls[layer]
         if logits.requires_grad and seen and not any(call.logits_TE.requires_grad for call in seen):
             raise InputError(
-                "reentrant activation checkpointing loses the gradient of the routing losses; call "
-                "model.activation_checkpointing_enable({'use_reentrant': False})"
+                "reentrant activation checkpointing loses the gradient of the routing losses; give "
+                "{'use_reentrant': False} to what enables it"
             )
 
     def _take_inputs(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from flexpert.ops.products import slack
 
 from . import route
 from .build import native
+from .checks import check, check_inputs, check_packed
 from .threads import num_threads
 
 if TYPE_CHECKING:
@@ -84,17 +85,6 @@ def _dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype).contiguous()
 
 
-def _check(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]], dtype: torch.dtype | None) -> None:
-    """Kernels trust sizes: what PyTorch's operators would refuse is refused here."""
-    for name, (tensor, want) in shapes.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != want:
-            raise InputError(f"grouped_mlp: {name} has shape {tuple(tensor.shape)}, not {want}")
-        if dtype is not None and tensor.dtype != dtype:
-            raise InputError(f"grouped_mlp: {name} has dtype {tensor.dtype}, not x's {dtype}")
-
-
 def _sizes(
     x_TD: Tensor, unit_N: Tensor, counts_E: Tensor, w2: tuple[int, ...], gated: bool, activation: str
 ) -> tuple[int, ...]:
@@ -107,41 +97,6 @@ def _sizes(
         units, rows, model_dim, hidden_dim, output_dim, experts, slots, gated, _NUMBER[activation],
         num_threads(), native().instructions(x_TD.dtype) == "AMX",
     )  # fmt: skip
-
-
-def _check_inputs(
-    x_TD: Tensor,
-    unit_N: Tensor,
-    weight_N: Tensor | None,
-    counts_E: Tensor,
-    slot_E: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-) -> None:
-    slots, output_dim, hidden_dim = w2.shape
-    inner = (slots, 2, hidden_dim) if w1.dim() == 4 else (slots, hidden_dim)
-    if (  # at once what most calls are, as decoding waits for every microsecond
-        w1.shape == (*inner, x_TD.shape[1])
-        and x_TD.dtype == w1.dtype == w2.dtype
-        and b1 is b2 is slot_E is None
-        and counts_E.shape == (slots,)
-        and counts_E.dtype == unit_N.dtype == torch.int64
-        and unit_N.dim() == 1
-        and (weight_N is None or weight_N.shape == unit_N.shape)
-    ):
-        return
-    _check(
-        {"w1": (w1, (*inner, x_TD.shape[1])), "b1": (b1, inner), "w2": (w2, (slots, output_dim, hidden_dim)),
-         "b2": (b2, (slots, output_dim))},
-        x_TD.dtype,
-    )  # fmt: skip
-    _check({"weight_N": (weight_N, (len(unit_N),))}, None)
-    experts = (slots,) if slot_E is None else (len(counts_E),)
-    mapped = ("counts_E", counts_E) if slot_E is None else ("slot_E", slot_E)
-    _check({mapped[0]: (mapped[1], experts)}, torch.int64)
-    _check({"unit_N": (unit_N, (len(unit_N),)), "counts_E": (counts_E, (len(counts_E),))}, torch.int64)
 
 
 def grouped_mlp(
@@ -159,7 +114,7 @@ def grouped_mlp(
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(y_TO, pre): pre is the pre-activation (N + slack, F or 2F) for backward, empty without `save`."""
-    _check_inputs(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2)
+    check_inputs(x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2)
     dtype, rows, width = x_TD.dtype, unit_N.shape[0], w1.shape[1:-1].numel()
     pre = empty(x_TD, (rows + slack(dtype) if save else 0, width))
     if save:
@@ -195,21 +150,11 @@ def grouped_mlp_packed(
     """y_TO; unpacks the weights where AVX2 runs bf16, as on another machine than packed them."""
     if x_TD.dtype != torch.bfloat16 or native().instructions(x_TD.dtype) == "AVX2":
         w1, w2 = packing.unpack_mlp(w1, w2, x_TD.shape[1], hidden_dim, output_dim)
-        args = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation
-        return grouped_mlp(*args, save=False)[0]
-    slots, gated = w2.shape[0], w1.dim() == 5
-    halves, width = (2,) if gated else (), (hidden_dim, x_TD.shape[1], output_dim)
-    hidden, model, output = (-(-size // packing.BLOCK) for size in width)
-    experts = slots if slot_E is None else slot_E.shape[0]
-    _check(
-        {"w1": (w1, (slots, hidden, *halves, model, packing.TILE)), "b1": (b1, (slots, *halves, hidden_dim)),
-         "w2": (w2, (slots, output, hidden, packing.TILE)), "b2": (b2, (slots, output_dim))},
-        x_TD.dtype,
-    )  # fmt: skip
-    rows = unit_N.shape[0]
-    _check({"weight_N": (weight_N, (rows,))}, None)
-    _check({"unit_N": (unit_N, (rows,)), "counts_E": (counts_E, (experts,)), "slot_E": (slot_E, (experts,))},
-           torch.int64)  # fmt: skip
+        unpacked = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, activation
+        return grouped_mlp(*unpacked, save=False)[0]
+    args = x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2
+    check_packed(*args, hidden_dim, output_dim)
+    slots, rows, gated = len(w2), len(unit_N), w1.dim() == 5
     y_TO, y_rows = x_TD.new_empty(x_TD.shape[0], output_dim), empty(x_TD, (rows, output_dim))
     tensors = (
         x_TD.contiguous(), unit_N.contiguous(), _dense(weight_N, torch.float32), counts_E.contiguous(),
@@ -246,8 +191,8 @@ def grouped_mlp_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, w1, b1, w2, b2); an empty tensor for those not asked for."""
-    _check_inputs(x_TD, unit_N, weight_N, counts_E, slot_E, w1, None, w2, b2)
-    _check({"grad": (grad_TO, (len(x_TD), w2.shape[1]))}, x_TD.dtype)
+    check_inputs(x_TD, unit_N, weight_N, counts_E, slot_E, w1, None, w2, b2)
+    check({"grad": (grad_TO, (len(x_TD), w2.shape[1]))}, x_TD.dtype)
     dtype, shapes = x_TD.dtype, (x_TD.shape, unit_N.shape, w1.shape, w1.shape[:-1], w2.shape, w2.shape[:2])
     needs = [needs[0], needs[1] and weight_N is not None, *needs[2:]]
     weight = x_TD.new_empty(0, dtype=torch.float32)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="5.23")
-
 from transformers import MixtralConfig
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import use_experts_implementation
@@ -14,7 +11,7 @@ from transformers.integrations.moe import use_experts_implementation
 from flexpert import InputError
 from flexpert.integrations.transformers import enable
 from flexpert.testing import assert_close
-from tests.integrations.transformers.zoo import D, E, F, routed
+from tests.integrations.transformers.zoo import D, E, F, of_this_release, routed
 
 
 def build(block_size, **options):
@@ -76,6 +73,7 @@ def test_is_the_stored_weights_times_their_scales(block_size, first, second):
     assert_close(weights.grad, exact_w.grad)
 
 
+@of_this_release
 def test_weights_that_cannot_be_read_are_refused():
     case = routed()
     with pytest.raises(InputError, match="int8.*dequantize=True"):

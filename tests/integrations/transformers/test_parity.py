@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-
-pytest.importorskip("transformers", minversion="5.23")
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
 
 from flexpert.integrations.transformers import enable
 from flexpert.integrations.transformers.layout import check_layout, fused_activation
+from flexpert.ops.cpu.build import native
 from flexpert.testing import relative_error
-from tests.integrations.transformers.zoo import E, build_experts, experts_classes, routed
+from tests.integrations.transformers.zoo import (
+    D,
+    E,
+    F,
+    build_experts,
+    experts_classes,
+    of_this_release,
+    randomised,
+    routed,
+)
 
 # Classes whose layout, gate or activation is not the common one: our operators run them one by one.
 UNFUSED = {
@@ -57,9 +68,10 @@ def truth_of(experts, case):
     return run(exact, case, "eager")
 
 
+@of_this_release
 def test_how_many_classes_there_are():
-    assert len(experts_classes()) == 65 or transformers.__version__ != "5.23.0"
-    assert EXCEPTIONS.keys() <= experts_classes().keys(), "an exception is stale"
+    assert len(experts_classes()) == 65
+    assert EXCEPTIONS.keys() | UNFUSED.keys() <= experts_classes().keys(), "an exception is stale"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -75,16 +87,18 @@ def test_every_class_in_fp32(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_class_in_bf16_errs_no_more_than_eager(name):
+def test_every_class_in_bf16_errs_about_as_much_as_eager(name):
     experts = build_experts(experts_classes()[name], torch.bfloat16)
     case = routed(dtype=torch.bfloat16)
     truth, eager = truth_of(experts, case), run(experts, case, "eager")
     got = run(experts, case, "flexpert")
+    # The portable operators round the gradients of routing weights once more.
+    factor = 1.3 if native().library is not None else 2.0
     # The one class that computes in fp32 itself is held to the rounding of bf16.
     least = 8e-3 if name == "OpenAIPrivacyFilterExperts" else 2e-3
     for key, value in truth.items():
         assert got[key].dtype is eager[key].dtype
-        allowed = 1.3 * max(relative_error(eager[key], value), least)
+        allowed = factor * max(relative_error(eager[key], value), least)
         assert relative_error(got[key], value) < allowed, key
 
 
@@ -125,3 +139,78 @@ def test_no_token_leaves_every_gradient_zero(name):
     got = run(build_experts(experts_classes()[name]), routed(0), "flexpert")
     assert got["y"].shape == (0, 16)
     assert all(not value.any() for value in got.values())
+
+
+FUSED_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "squared_relu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "linear": "identity",
+}
+
+
+@pytest.mark.parametrize(
+    "act", [*FUSED_ACTIVATIONS, "quick_gelu", "mish", "gelu_10", "laplace", "a function"]
+)
+@pytest.mark.parametrize("name", ["MixtralExperts", "NemotronHExperts"])
+def test_every_activation(name, act):
+    """Known ones by their name here, any other as the function it is."""
+    experts, case = build_experts(experts_classes()[name]), routed()
+    del experts.act_fn
+    experts.act_fn = torch.nn.functional.softplus if act == "a function" else ACT2FN[act]
+    assert fused_activation(experts) == FUSED_ACTIVATIONS.get(act)
+    truth, got = truth_of(experts, case), run(experts, case, "flexpert")
+    for key, value in truth.items():
+        assert relative_error(got[key], value) < 4e-6, key
+
+
+@use_experts_implementation(has_bias=True)
+class BiasedExperts(nn.Module):
+    """No class of the release has biases in the common layout."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = E
+        for name, shape in BIASED.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape)))
+        self.act_fn = ACT2FN["silu"]
+
+    def forward(self, x, ids, weights):
+        rows = []
+        for t in range(len(x)):
+            total = torch.zeros_like(x[t])
+            for k, e in enumerate(ids[t].tolist()):
+                pre = nn.functional.linear(x[t], self.gate_up_proj[e], self.gate_up_proj_bias[e])
+                hidden = self._apply_gate(pre)
+                y = nn.functional.linear(hidden, self.down_proj[e], self.down_proj_bias[e])
+                total = total + y * weights[t, k]
+            rows.append(total)
+        return torch.stack(rows)
+
+
+BIASED = {
+    "gate_up_proj": (E, 2 * F, D),
+    "gate_up_proj_bias": (E, 2 * F),
+    "down_proj": (E, D, F),
+    "down_proj_bias": (E, D),
+}
+
+
+def test_biases_in_the_common_layout():
+    experts, case = randomised(BiasedExperts(SimpleNamespace(_experts_implementation="eager"))), routed()
+    check_layout(experts, "biased")
+    assert fused_activation(experts) == "silu"
+    exact = copy.copy(case)
+    exact.x, exact.weights, exact.grad = case.x.double(), case.weights.double(), case.grad.double()
+    experts.config._experts_implementation = "eager"
+    truth = run(experts.double(), exact, "eager")
+    experts.config._experts_implementation = "flexpert"
+    got = run(experts.float(), case, "flexpert")
+    for key, value in truth.items():
+        want = torch.zeros_like(got[key]) if value is None else value
+        assert relative_error(got[key], want) < 2e-6, key

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("transformers", minversion="5.23")
-
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from flexpert import ConfigError, InputError, RoutingContext
-from flexpert.integrations.transformers import RouterProbe, bias_balancer
+from flexpert.integrations.transformers import RouterProbe, bias_balancer, enable
 from flexpert.integrations.transformers.bias import find_bias
 from flexpert.integrations.transformers.blocks import blocks_of
+from flexpert.integrations.transformers.scores import score_of
 from flexpert.testing import assert_close
-from tests.integrations.transformers.zoo import D, block_classes, build_block
+from tests.integrations.transformers.models import checkpoint
+from tests.integrations.transformers.zoo import D, block_classes, build_block, of_this_release
 
-# Blocks that are whole decoder layers, need more than tokens, or do not build.
+# Blocks that are whole decoder layers, need more than tokens, or do not build; their routers are tried alone.
 NOT_ALONE = {
-    "DeepseekV4SparseMoeBlock": "its first layers choose by token id",
-    "DiffusionGemmaDecoderTextLayer": "is a decoder layer",
-    "DiffusionGemmaEncoderTextLayer": "is a decoder layer",
-    "Gemma4TextDecoderLayer": "is a decoder layer",
-    "Qwen3OmniMoeTalkerTextSparseMoeBlock": "its config has no shared_expert_intermediate_size",
+    "DeepseekV4SparseMoeBlock": ("DeepseekV4TopKRouter", "its first layers choose by token id"),
+    "DiffusionGemmaDecoderTextLayer": ("DiffusionGemmaTextRouter", "is a decoder layer"),
+    "DiffusionGemmaEncoderTextLayer": ("DiffusionGemmaTextRouter", "is a decoder layer"),
+    "Gemma4TextDecoderLayer": ("Gemma4TextRouter", "is a decoder layer"),
+    "Qwen3OmniMoeTalkerTextSparseMoeBlock": (
+        "Qwen3OmniMoeTalkerTextTopKRouter",
+        "its config has no shared_expert_intermediate_size",
+    ),
 }
 NOT_PROPORTIONAL = {"PhimoeSparseMoeBlock": "sparsemixer masks the first choice before the second"}
 WITHOUT_BIAS = {
@@ -68,10 +71,9 @@ class _Constant:
         return logits_TE, weights, ids
 
 
-@pytest.mark.parametrize("name", sorted(block_classes()))
+@of_this_release
+@pytest.mark.parametrize("name", sorted(block_classes().keys() - NOT_ALONE.keys()))
 def test_every_router(name):
-    if name in NOT_ALONE:
-        pytest.skip(NOT_ALONE[name])
     block = build_block(block_classes()[name])
     (found,) = blocks_of(block)
     assert (find_bias(found) is None) == (name in WITHOUT_BIAS)
@@ -91,6 +93,40 @@ def test_every_router(name):
         assert torch.allclose(shares, shares[:1].expand_as(shares), rtol=1e-4)
 
 
+@of_this_release
+@pytest.mark.parametrize("name", ["LongcatFlashMoE", "Step3p7SparseMoeBlock"])
+def test_blocks_whose_experts_do_not_use_the_interface(name):
+    """They keep their own implementation, and have a bias that nothing updates."""
+    folder = {"LongcatFlashMoE": "longcat_flash", "Step3p7SparseMoeBlock": "step3p7"}[name]
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    block = build_block(getattr(module, name))
+    balancer = bias_balancer(block, rate=0.5)
+    with RouterProbe(block) as probe:
+        block(torch.randn(1, 13, D, generator=torch.Generator().manual_seed(0)))
+    (stats,) = probe.stats.values()
+    assert stats.selected_E.sum() == 26
+    balancer.observe(probe.stats)
+    balancer.step()
+    (bias,) = [value for key, value in block.state_dict().items() if "bias" in key and value.dim() == 1][:1]
+    assert bias.unique().numel() > 1
+    with pytest.raises(ConfigError, match="do not use the interface of transformers"):
+        enable(block)
+
+
+@of_this_release
+@pytest.mark.parametrize("name", sorted(NOT_ALONE))
+def test_routers_of_other_blocks(name):
+    module = importlib.import_module(block_classes()[name].__module__)
+    router = build_block(getattr(module, NOT_ALONE[name][0]))
+    if hasattr(router, "per_expert_scale"):
+        torch.nn.init.ones_(router.per_expert_scale)  # multiplies weights after the choice
+    first, weights_TK, ids_TK = router(torch.randn(13, D, generator=torch.Generator().manual_seed(0)))
+    probs_TE = score_of(router)[1](first)
+    shares_TK = weights_TK / probs_TE.gather(1, ids_TK)
+    assert torch.allclose(shares_TK, shares_TK[:, :1].expand_as(shares_TK), rtol=1e-4)
+
+
+@of_this_release
 def test_the_exceptions_are_not_stale():
     assert {*NOT_ALONE, *NOT_PROPORTIONAL, *WITHOUT_BIAS} <= block_classes().keys()
 
@@ -159,9 +195,7 @@ def test_generate_counts_each_token_once():
 def gradients(model, ids, micro_batches, checkpointed):
     model.zero_grad()
     if checkpointed:
-        model.activation_checkpointing_enable()
-    else:
-        model.activation_checkpointing_disable()
+        checkpoint(model)
     model.train()
     seen = []
     for part in ids.chunk(micro_batches):
@@ -185,7 +219,7 @@ def test_recomputation_and_accumulation_change_nothing():
 
 def test_reentrant_checkpointing_is_refused():
     model, ids = mixtral(), torch.randint(50, (2, 6))
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint(model, use_reentrant=True)
     model.train()
     model.enable_input_require_grads()
     with RouterProbe(model) as probe:

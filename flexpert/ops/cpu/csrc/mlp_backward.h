@@ -153,7 +153,7 @@ class Backward {
     buffer(desk.d_pre_transposed, c.d_w1 && !TURNED, rows * halves * hidden * TILE);
     buffer(desk.hidden_right, c.d_w2, rows * hidden * TILE);
     buffer(desk.weight_parts, c.d_weight, rows * hidden * BLOCK);
-    buffer(desk.panel, !is_shared, WIDEST * std::max(output, halves * hidden) * TILE);
+    buffer(desk.panel, !is_shared, std::max(WIDEST_OF_K * output, WIDEST * halves * hidden) * TILE);
     return total;
   }
 
@@ -174,13 +174,11 @@ class Backward {
   void clear_all() const {
     if (c.d_weight) clear(pointer<float>(c.d_weight), c.rows * sizeof(float));
     const index bias1 = halves * c.hidden * sizeof(Element), bias2 = c.output * sizeof(Element);
-    for (index slot = 0; slot < c.slots; ++slot) {
-      if (plan.is_used[slot]) continue;
-      if (c.d_w1) clear(pointer<char>(c.d_w1) + slot * bias1 * c.model, bias1 * c.model);
-      if (c.d_b1) clear(pointer<char>(c.d_b1) + slot * bias1, bias1);
-      if (c.d_w2) clear(pointer<char>(c.d_w2) + slot * bias2 * c.hidden, bias2 * c.hidden);
-      if (c.d_b2) clear(pointer<char>(c.d_b2) + slot * bias2, bias2);
-    }
+    const auto is_used = [&](index slot) { return plan.is_used[slot] != 0; };
+    if (c.d_w1) clear(pointer<char>(c.d_w1), bias1 * c.model, c.slots, is_used);
+    if (c.d_b1) clear(pointer<char>(c.d_b1), bias1, c.slots, is_used);
+    if (c.d_w2) clear(pointer<char>(c.d_w2), bias2 * c.hidden, c.slots, is_used);
+    if (c.d_b2) clear(pointer<char>(c.d_b2), bias2, c.slots, is_used);
 #pragma omp barrier
   }
 
@@ -254,14 +252,14 @@ class Backward {
 
   // g, and all that follows from it elementwise. One task: some column blocks of the hidden layer of a segment.
   void hidden_gradient(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
-    const index width = task_width(hidden, output, desk.is_shared ? c.threads : 1);
+    const index width = task_width(hidden, output, desk.is_shared ? c.threads : 1, WIDEST_OF_K);
     const index groups = (hidden + width - 1) / width;
     Pipeline<HiddenGradient> pipeline(multiply);
     alignas(64) Element rows[2][3][TILE];
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, hidden - first);
-      alignas(64) float d_bias[WIDEST][2][BLOCK] = {};
+      alignas(64) float d_bias[WIDEST_OF_K][2][BLOCK] = {};
       const Element* weights = pointer<Element>(c.w2) + segment.slot * c.output * c.hidden;
       pack_columns_of_k(desk.panel, output, weights, c.hidden, c.output, first, number);
       const index next = first + number < hidden ? first + number : 0;
@@ -343,7 +341,7 @@ class Backward {
   void outer_product(const Wave& wave, const Desk& desk, const Multiplier& multiply, Element* target,
                      const Element* left, index left_blocks, index size, index parts, const Element* right,
                      index right_blocks, index columns) const {
-    constexpr index GROUP = 4;
+    constexpr index GROUP = IS_BF16 ? 1 : 4;  // in bf16 whole rows, as writing them is half of the time
     const index all = left_blocks * parts, groups = (all + GROUP - 1) / GROUP;
     const bool streams = reinterpret_cast<index>(target) % 64 == 0 && columns * sizeof(Element) % 64 == 0;
     Pipeline<StoreRows> pipeline(multiply);

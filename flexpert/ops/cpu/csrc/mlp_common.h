@@ -234,12 +234,20 @@ inline Both activate(Vector x) {
   return activate<KIND, sizeof(Element) == 4>(x);
 }
 
-// Inside a parallel region: fill with zeros, all threads together.
-inline void clear(void* target, index bytes) {
+// Inside a parallel region: fill with zeros, all threads together; of `parts` of `bytes` each those that are not kept.
+template <typename Keeps>
+void clear(void* target, index bytes, index parts, const Keeps& keeps) {
   constexpr index CHUNK = 1 << 18;
+  const index chunks = (bytes + CHUNK - 1) / CHUNK;
 #pragma omp for schedule(static) nowait
-  for (index first = 0; first < bytes; first += CHUNK)
-    std::memset(static_cast<char*>(target) + first, 0, least(CHUNK, bytes - first));
+  for (index i = 0; i < parts * chunks; ++i) {
+    const index part = i / chunks, first = i % chunks * CHUNK;
+    if (!keeps(part)) std::memset(static_cast<char*>(target) + part * bytes + first, 0, least(CHUNK, bytes - first));
+  }
+}
+
+inline void clear(void* target, index bytes) {
+  clear(target, bytes, 1, [](index) { return false; });
 }
 
 // `body` of each number below `count`: all threads of the region together, or this one alone.
@@ -254,12 +262,12 @@ void each(bool is_shared, index count, const Body& body) {
 }
 
 constexpr bool IS_BF16 = sizeof(Element) == 2;
-constexpr index WIDEST = IS_BF16 ? 8 : 4, PANEL_TILES = IS_BF16 ? 2048 : 128;
+constexpr index WIDEST = IS_BF16 ? 8 : 4, WIDEST_OF_K = IS_BF16 ? 16 : 4, PANEL_TILES = IS_BF16 ? 2048 : 128;
 
 // Column blocks a task works on, so that packed rows are read once for all of them: as many as leave each
 // of the threads some tasks to choose from, and leave the second-level cache room beside their `depth` tiles each.
-inline index task_width(index column_blocks, index depth, index threads) {
-  const index most = least(WIDEST, std::max<index>(2, PANEL_TILES / std::max<index>(1, depth)));
+inline index task_width(index column_blocks, index depth, index threads, index widest = WIDEST) {
+  const index most = least(widest, std::max<index>(2, PANEL_TILES / std::max<index>(1, depth)));
   if (threads == 1) return least(most, column_blocks);
   return std::max<index>(1, least(most, column_blocks / (2 * threads)));
 }

@@ -93,13 +93,20 @@ class Forward {
 
   index panel_size() const { return WIDEST * std::max(model * halves, hidden) * TILE; }
 
-  // Column blocks of a task: of one thread's own experts so few that the next ones can be asked for meanwhile and
-  // find room beside them in the second-level cache, where products are that fast.
-  index width_of(index column_blocks, index depth, index parts, bool is_shared) const {
+  // Whether tasks ask for weights ahead: one thread's own experts do, and all threads together where rows are so few
+  // that weights take longer to arrive than to be multiplied. Others ask for packed rows.
+  static bool asks_for_weights(const Wave& wave, bool is_shared) {
+    constexpr size_t FEW_BLOCKS = 4;
+    return !is_shared || wave.rows.size() <= FEW_BLOCKS;
+  }
+
+  // Column blocks of a task: where it asks for weights so few that the next ones find room beside them in the
+  // second-level cache, where products are that fast.
+  index width_of(const Wave& wave, index column_blocks, index depth, index parts, bool is_shared) const {
     constexpr index NEAR_TILES = 64;
-    if (is_shared) return task_width(column_blocks, depth, c.threads);
-    const index widest = task_width(column_blocks, depth, 1);
-    return Multiplier::HAS_TILES ? least(std::max<index>(1, NEAR_TILES / (parts * depth)), widest) : widest;
+    const index widest = task_width(column_blocks, depth, is_shared ? c.threads : 1);
+    if (!Multiplier::HAS_TILES || !asks_for_weights(wave, is_shared)) return widest;
+    return least(std::max<index>(1, NEAR_TILES / (parts * depth)), widest);
   }
 
   void clear_idle() const {
@@ -200,7 +207,8 @@ class Forward {
   // One task: some column blocks of the hidden layer for all rows of a segment.
   void first_product(const Wave& wave, const Desk& desk, const Element* packed_x, Element* packed_hidden,
                      const Multiplier& multiply) const {
-    const index width = width_of(hidden, model, halves, desk.is_shared), groups = (hidden + width - 1) / width;
+    const index width = width_of(wave, hidden, model, halves, desk.is_shared), groups = (hidden + width - 1) / width;
+    const bool asks_for_weights = this->asks_for_weights(wave, desk.is_shared);
     Pipeline<HiddenRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
@@ -209,17 +217,18 @@ class Forward {
         return stream_first(segment, wave.rows[segment.first_block], first, number,
                             packed_hidden + segment.first_block * hidden * TILE, desk.panel, multiply);
       const Element* panels = pack_first(segment.slot, first, number, desk.panel);
-      const index next = first + number;  // at the end: the second weights
+      // Threads that share a wave take turns. At the end: the second weights.
+      const index next = first + number * (desk.is_shared ? c.threads : 1);
       const Area soon = next < hidden
                             ? first_area(segment.slot, next, width)
-                            : second_area(segment.slot, 0, width_of(output, hidden, 1, desk.is_shared));
+                            : second_area(segment.slot, 0, width_of(wave, output, hidden, 1, desk.is_shared));
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j, rows = wave.rows[b].count;
         Operands<Element> operands = {packed_x + b * model * TILE, panels, model * TILE, halves, c.model};
         operands.next_left = operands.left + model * TILE;
         operands.next_right = panels;
-        const Area area = desk.is_shared ? packed_rows(packed_x, b + 1, model) : soon;
-        const index part = desk.is_shared ? 0 : j, parts = desk.is_shared ? 1 : segment.blocks;
+        const Area area = asks_for_weights ? soon : packed_rows(packed_x, b + 1, model);
+        const index part = asks_for_weights ? j : 0, parts = asks_for_weights ? segment.blocks : 1;
         const auto epilogue = [&](index i) {
           return hidden_rows(wave.rows[b], segment.slot, first + i, packed_hidden + (b * hidden + first + i) * TILE);
         };
@@ -257,7 +266,8 @@ class Forward {
   // One task: some column blocks of the output for all rows of a segment.
   void second_product(const Wave& wave, const Desk& desk, const Element* packed_hidden,
                       const Multiplier& multiply) const {
-    const index width = width_of(output, hidden, 1, desk.is_shared), groups = (output + width - 1) / width;
+    const index width = width_of(wave, output, hidden, 1, desk.is_shared), groups = (output + width - 1) / width;
+    const bool asks_for_weights = this->asks_for_weights(wave, desk.is_shared);
     Pipeline<StoreRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
@@ -266,7 +276,7 @@ class Forward {
         return stream_second(segment, wave.rows[segment.first_block], first, number,
                              packed_hidden + segment.first_block * hidden * TILE, desk.panel, multiply);
       const Element* panels = pack_second(segment.slot, first, number, desk.panel);
-      const Area soon = second_area(segment.slot, first + number, width);
+      const Area soon = second_area(segment.slot, first + number * (desk.is_shared ? c.threads : 1), width);
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j;
         const RowBlock& rows = wave.rows[b];
@@ -274,8 +284,8 @@ class Forward {
         operands.next_left = operands.left + hidden * TILE;
         operands.next_right = panels;
         pipeline.products(operands, number, rows.count,
-                          desk.is_shared ? packed_rows(packed_hidden, b + 1, hidden) : soon,
-                          desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks,
+                          asks_for_weights ? soon : packed_rows(packed_hidden, b + 1, hidden),
+                          asks_for_weights ? j : 0, asks_for_weights ? segment.blocks : 1,
                           [&](index i) { return output_rows(rows, segment.slot, first + i); });
       }
       pipeline.drain();

@@ -1,0 +1,247 @@
+"""The cost model against the clock, the byte counters and the memory of emulated clusters.
+
+    python -m benchmarks.tune.predict
+
+Each cluster is calibrated first, on probes alone; then plans are measured, forward and backward, on layers,
+tokens and skews that the calibration has not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.parallel.timing import interleaved
+from flexpert import MoE, MoEConfig
+from flexpert.bench.machine import machine_facts
+from flexpert.emulate import Cluster
+from flexpert.parallel import ExecutionPlan, ExpertMesh, expert_mesh, parallelize
+from flexpert.tune import LayerShape, Machine, Workload, predict
+from flexpert.tune.calibrate import calibrate
+
+from .memory import ALONE, CASES, peak_of_step
+
+RESULTS = Path(__file__).parent / "results"
+PATIENCE = 600.0
+CLUSTERS = (
+    {"nodes": 4, "ranks": 2, "bandwidth": "200mbit", "latency": "500us"},
+    {"nodes": 2, "ranks": 2, "bandwidth": "1gbit", "latency": "100us"},
+    {"nodes": 2, "ranks": 4, "bandwidth": "500mbit", "latency": "200us"},
+)
+LAYERS = (
+    {"experts": 4, "model_dim": 192, "hidden_dim": 768, "replicas": 1},
+    {"experts": 8, "model_dim": 256, "hidden_dim": 512, "replicas": 1},
+)
+# Tokens of a rank, and how far from even the router sends them.
+LOADS = ((48, 0.0), (384, 2.0), (1280, 0.0))
+
+
+def plans_for(mesh: ExpertMesh) -> list[ExecutionPlan]:
+    """Every r; of the others each value, though not every combination."""
+    plans = [ExecutionPlan(r=0)]
+    for r in mesh.legal_r[1:]:
+        plans += [
+            ExecutionPlan(r=r, degree=degree, algorithm=algorithm)
+            for degree, algorithm in ((1, "linear"), (1, "2dh"), (2, "linear"), (4, "linear"), (4, "2dh"))
+        ]
+        plans.append(ExecutionPlan(r=r, capacity="padded"))
+    return plans
+
+
+def on_rank(local: int, repeats: int) -> dict[str, Any]:
+    """Calibrate, then measure and predict every plan of every load."""
+    began = time.perf_counter()
+    machine = calibrate(ranks_per_node=local)
+    seconds = time.perf_counter() - began
+    rows = []
+    for settings in LAYERS:
+        mesh = expert_mesh(settings["experts"], replicas=settings["replicas"], ranks_per_node=local)
+        torch.manual_seed(0)
+        dims = {key: settings[key] for key in ("model_dim", "hidden_dim")}
+        layer = MoE(MoEConfig(num_experts=settings["experts"], **dims))
+        parallelize(layer, mesh)
+        for tokens, skew in LOADS:
+            rows += measure(layer, mesh, machine, tokens, skew, repeats)
+    return {"machine": machine.to_json(), "seconds": seconds, "rows": [_plain(row) for row in rows]}
+
+
+def measure(
+    layer: Any, mesh: ExpertMesh, machine: Machine, tokens: int, skew: float, repeats: int
+) -> list[dict[str, Any]]:
+    """One load under each plan: seconds, bytes, and what was predicted."""
+    generator = torch.Generator().manual_seed(1)
+    usual = torch.randn(layer.experts.model_dim, generator=generator)  # what skewed tokens have in common
+    torch.manual_seed(2 + dist.get_rank())
+    x = (torch.randn(tokens, layer.experts.model_dim) + 0.1 * skew * usual).requires_grad_()
+
+    def call(plan: ExecutionPlan) -> None:
+        layer(x, plan=plan).sum().backward()
+        layer.zero_grad(set_to_none=True)
+
+    plans = plans_for(mesh)
+    figures = interleaved({str(i): (lambda plan=plan: call(plan)) for i, plan in enumerate(plans)}, repeats)
+    shape = LayerShape.of(mesh, layer.experts)
+    routing = layer(x, return_info=True)[1].routing
+    rows_PE = torch.empty(mesh.whole.size, mesh.num_experts, dtype=torch.int64)
+    mesh.whole.all_gather(rows_PE.view(-1), routing.counts_E.contiguous())
+    workload = Workload(rows_PE=rows_PE, tokens=tokens)
+    rows = []
+    for i, plan in enumerate(plans):
+        mesh.traffic.reset()
+        call(plan)
+        sent = torch.tensor([mesh.traffic.inside, mesh.traffic.between])
+        table = torch.empty(dist.get_world_size(), 2, dtype=torch.int64)
+        dist.all_gather_single(table.view(-1), sent)
+        most = table[table.sum(1).argmax()]
+        cost = predict(shape, plan, workload, machine)
+        rows.append(
+            {
+                "layer": f"E {mesh.num_experts} S {mesh.slices}",
+                "load": f"{tokens} tokens{', skewed' if skew else ''}",
+                "plan": plan.to_dict(),
+                "measured_ms": figures[str(i)]["median_ms"],
+                "least_ms": figures[str(i)]["min_ms"],
+                "compute_ms": figures[str(i)]["compute_ms"],
+                "predicted_ms": 1e3 * cost.seconds,
+                "parts_ms": {name: 1e3 * value for name, value in cost.parts.items()},
+                "bytes_measured": most.tolist(),
+                "bytes_predicted": [cost.bytes_inside, cost.bytes_between],
+            }
+        )
+    return rows
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(row))
+
+
+def kendall(measured: list[float], predicted: list[float]) -> float:
+    """Tau-a: pairs in the same order less those in the other, over all pairs."""
+    pairs = list(itertools.combinations(range(len(measured)), 2))
+    signs = [(measured[i] - measured[j]) * (predicted[i] - predicted[j]) for i, j in pairs]
+    return sum((s > 0) - (s < 0) for s in signs) / len(pairs)
+
+
+def summary(cluster: str, rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for each load of each layer."""
+    lines = []
+    for key in dict.fromkeys((row["layer"], row["load"]) for row in rows):
+        part = [row for row in rows if (row["layer"], row["load"]) == key]
+        errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in part]
+        measured, predicted = ([row[name] for row in part] for name in ("measured_ms", "predicted_ms"))
+        chosen = measured[predicted.index(min(predicted))]
+        exact = all(row["bytes_measured"] == row["bytes_predicted"] for row in part)
+        lines.append(
+            [
+                cluster,
+                *key,
+                str(len(part)),
+                f"{min(measured):.0f} to {max(measured):.0f}",
+                f"{statistics.median(errors):.0%}",
+                f"{max(errors):.0%}",
+                f"{kendall(measured, predicted):.2f}",
+                f"{chosen / min(measured):.2f}",
+                "exact" if exact else "WRONG",
+            ]
+        )
+    return lines
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", type=int, nargs="*", help="of the clusters, from 0")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS / "predict")
+    options = parser.parse_args()
+    facts = machine_facts()  # builds the native library before ranks compete for the processors
+    clusters, lines, rows = [], [], []
+    for spec in [CLUSTERS[i] for i in options.only] if options.only is not None else CLUSTERS:
+        label = f"{spec['nodes']} x {spec['ranks']}, {spec['bandwidth']}, {spec['latency']}"
+        with Cluster(**spec) as cluster:
+            timeouts = {"timeout": PATIENCE, "collective_timeout": PATIENCE}
+            found = cluster.run(on_rank, spec["ranks"], options.repeats, **timeouts)[0]
+        found["rows"] = [{"cluster": label, **row} for row in found["rows"]]
+        clusters.append(
+            {"cluster": label, "seconds": found["seconds"], "machine": json.loads(found["machine"])}
+        )
+        lines += summary(label, found["rows"])
+        rows += found["rows"]
+        print(label, f"calibrated in {found['seconds']:.1f} s", file=sys.stderr, flush=True)
+    memory = [] if options.no_memory else peaks()
+    write(options.output, facts, clusters, lines, rows, memory)
+
+
+def peaks() -> list[dict[str, Any]]:
+    """Memory of a step under a few plans, on ranks of their own."""
+    timeouts, rows = {"timeout": PATIENCE, "collective_timeout": PATIENCE}, []
+    for nodes, local, cases in ((1, 1, ALONE), (2, 2, range(len(CASES)))):
+        with Cluster(nodes=nodes, ranks=local) as cluster:
+            rows += [cluster.run(peak_of_step, case, **timeouts)[0] for case in cases]
+    return rows
+
+
+def write(
+    output: Path,
+    facts: dict[str, Any],
+    clusters: list[dict[str, Any]],
+    lines: list[list[str]],
+    rows: list[dict[str, Any]],
+    memory: list[dict[str, Any]],
+) -> None:
+    """JSON with all, Markdown with the tables; printed as well."""
+    errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
+    taus = [float(line[7]) for line in lines]
+    off = [abs(row["predicted_mib"] / row["measured_mib"] - 1) for row in memory]
+    exact = all(row["bytes_measured"] == row["bytes_predicted"] for row in rows)
+    middle, tau = statistics.median(errors or [0]), statistics.mean(taus or [0])
+    words = (
+        f"{len(rows)} plans in {len(lines)} loads: median error of a step's time {middle:.0%}, Kendall's tau "
+        f"of the plans of a load {tau:.2f} in the mean ({min(taus, default=0):.2f} to "
+        f"{max(taus, default=0):.2f}), bytes {'exact' if exact else 'WRONG'}, memory off by "
+        f"{max(off, default=0):.1%} at most. Milliseconds are medians, forward and backward, the slowest "
+        f"rank counts. Chosen / best: the measured time of the plan that is predicted to be best, over that "
+        f"of the best."
+    )
+    header = ["cluster", "layer", "load", "plans", "measured ms", "median error", "largest", "tau",
+              "chosen / best", "bytes"]  # fmt: skip
+    table = _table(header, lines)
+    header = ["plan", "tokens", "measured MiB", "predicted MiB", "error"]
+    sizes = [
+        [
+            row["plan"],
+            str(row["tokens"]),
+            f"{row['measured_mib']:.1f}",
+            f"{row['predicted_mib']:.1f}",
+            f"{row['predicted_mib'] / row['measured_mib'] - 1:+.1%}",
+        ]
+        for row in memory
+    ]
+    command = shlex.join(["python", "-m", "benchmarks.tune.predict", *sys.argv[1:]])
+    text = f"`{command}`\n\n{words}\n\n{table}\n\nMemory of a rank at the peak of a step:\n\n"
+    text += _table(header, sizes) + "\n"
+    output.parent.mkdir(exist_ok=True, parents=True)
+    data = {"command": command, "facts": facts, "clusters": clusters, "rows": rows, "memory": memory}
+    output.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text, flush=True)
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(rows + ["| " + " | ".join(line) + " |" for line in lines])
+
+
+if __name__ == "__main__":
+    main()

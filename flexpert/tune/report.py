@@ -1,0 +1,98 @@
+"""What the tuner knows, for people."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from .bucket import Bucket
+from .dictionary import Dictionary, Entry
+from .search import describe
+from .workload import LayerShape
+
+
+def report(
+    dictionary: Dictionary, settings: Any, steps: int, trials: int, layers: list[str]
+) -> dict[str, Any]:
+    """Figures of a run and the table of each bucket, as plain data."""
+    return {
+        "steps": steps,
+        "trials": trials,
+        "share": trials / steps if steps else 0.0,
+        "bounds": {
+            "share": settings.share,
+            "burst": settings.burst,
+            "trials per bucket": settings.limits.trials,
+            "worst prediction": settings.limits.worst,
+        },
+        "layers": layers,
+        "buckets": [
+            bucket_report(shape, bucket, entry, dictionary.rows_per_bucket)
+            for (shape, bucket), entry in sorted(dictionary.entries.items(), key=lambda item: item[0][1])
+        ],
+    }
+
+
+def bucket_report(shape: LayerShape, bucket: Bucket, entry: Entry, rows_per_bucket: int) -> dict[str, Any]:
+    """One bucket: its candidates by rank, and why the winner won."""
+    search, standing = entry.search, entry.search.standing
+    times: dict[int, list[float]] = {}
+    for sample in search.samples:
+        times.setdefault(sample.candidate, []).append(sample.seconds)
+    rows = []
+    for i, candidate in enumerate(search.candidates):
+        scores = standing.scores.get(i, [])
+        known = i == standing.leader or bool(scores)
+        rows.append(
+            {
+                "plan": describe(candidate.plan),
+                "predicted_ms": 1e3 * candidate.predicted,
+                "step_ms": 1e3 * statistics.median(times[i]) if i in times else None,
+                "measured": len(times.get(i, [])),
+                "against_first": standing.score(i) if known else None,
+                "half_width": search.half_width(len(scores)) if known else None,
+                "winner": candidate.plan == search.plan,
+            }
+        )
+    tried = [c for i, c in enumerate(search.candidates) if i in times]
+    best = min(c.predicted for c in search.candidates)
+    return {
+        "layer": f"{shape.num_experts} experts {shape.model_dim} x {shape.hidden_dim}, {shape.expert_ranks} "
+        f"expert ranks x {shape.slices} slices x {shape.replicas} replicas",
+        "bucket": bucket.describe(rows_per_bucket),
+        "winner": describe(search.plan),
+        "settled": search.settled,
+        "trials": standing.trials,
+        "retuned": entry.retuned,
+        "worst_tried": max((c.predicted for c in tried), default=best) / best,
+        "why": search.why(),
+        "candidates": sorted(
+            rows, key=lambda row: (row["against_first"] is None, row["against_first"], row["predicted_ms"])
+        )
+        if len(rows) > 1
+        else rows,
+    }
+
+
+def table(found: dict[str, Any], limit: int = 12) -> str:
+    """The text of a bucket's report."""
+    state = "settled" if found["settled"] else "still searching"
+    again = f", tuned anew {found['retuned']} times" if found["retuned"] else ""
+    lines = [
+        f"{found['bucket']} ({found['layer']})",
+        f"  {found['winner']}: {found['why']} [{state}, {found['trials']} trials{again}]",
+        f"  {'plan':<34}{'predicted ms':>13}{'step ms':>10}{'measured':>9}  against first choice",
+    ]
+    for row in found["candidates"][:limit]:
+        step = "-" if row["step_ms"] is None else f"{row['step_ms']:.1f}"
+        against = (
+            "" if row["against_first"] is None else f"{row['against_first']:+.3f} +- {row['half_width']:.3f}"
+        )
+        mark = "*" if row["winner"] else " "
+        lines.append(
+            f" {mark}{row['plan']:<34}{row['predicted_ms']:>13.2f}{step:>10}{row['measured']:>9}  {against}"
+        )
+    more = len(found["candidates"]) - limit
+    if more > 0:
+        lines.append(f"  and {more} more that were not worth a trial, all predicted to be slower")
+    return "\n".join(lines)
