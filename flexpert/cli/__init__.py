@@ -33,6 +33,7 @@ COMMANDS = (
     train,
     evaluate,
     generate,
+    inspect,
     bench,
     emulate,
     convert,

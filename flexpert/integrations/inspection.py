@@ -42,7 +42,7 @@ def inspect_model(folder: Path, *, text: Path | None = None, tokens: int = 8192)
     """
     require_int("tokens", tokens, least=1)
     found = find_model(Path(folder))
-    from flexpert.train.figures import quieten_transformers  # needs transformers, which has been found now
+    from flexpert.train.model_task import quieten_transformers  # needs transformers, which is there
 
     quieten_transformers()
     check_text(found, text)
@@ -145,7 +145,6 @@ def _images(found: SavedModel, tokens: int) -> tuple[Iterator[dict[str, Tensor]]
     """Test images of the run."""
     from flexpert.train import data
     from flexpert.train.images import ImageBatches
-    from flexpert.train.vision import load_dataset
 
     config, vision = found.run, found.config
     if config is None:
@@ -159,7 +158,7 @@ def _images(found: SavedModel, tokens: int) -> tuple[Iterator[dict[str, Tensor]]
             f"the images of the run are not on this machine; set ${data.VARIABLE} to their folder, or run "
             f"`flexpert evaluate`, which fetches them"
         )
-    dataset = load_dataset(config)
+    dataset = data.load_fashion_mnist(config.data.folder)
     batches = ImageBatches(dataset, config.data, image_size=vision.image_size, batch_size=BATCH, seed=0)
     patches = (vision.image_size // vision.patch_size) ** 2
     images = batches.evaluation(dataset.test_images[: max(1, tokens // patches)])

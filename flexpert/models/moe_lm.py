@@ -42,12 +42,17 @@ class MoELanguageModel(LlamaModel):
         self.collector = LossCollector()
         for place in config.moe_layers():
             self.layers[place].mlp = moe = CollectingMoE(config.moe_layer(), self.collector)
+            self.layers[place].self_attn.register_forward_pre_hook(self._take_mask, with_kwargs=True)
             if isinstance(moe.router, LinearRouter):
                 nn.init.normal_(moe.router.weight, std=config.initializer_range)
             if moe.shared is not None:
                 for weight in moe.shared.parameters():
                     nn.init.normal_(weight, std=config.initializer_range)
         self.post_init()
+
+    def _take_mask(self, attention: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        """Before a layer's attention, and so its experts, run or are recomputed: the mask of their own call."""
+        self.collector.mask = options.get("token_mask")
 
 
 class MoELanguageForCausalLM(MoEPreTrained, LlamaForCausalLM):
@@ -99,7 +104,7 @@ class MoELanguageForCausalLM(MoEPreTrained, LlamaForCausalLM):
         collector.calls = [] if self.training or labels is not None else None
         collector.stand_in = given.shape[0] == 0
         if attention_mask is not None and attention_mask.dim() == 2 and not collector.stand_in:
-            collector.mask = attention_mask[:, -given.shape[1] :].bool()
+            options["token_mask"] = attention_mask[:, -given.shape[1] :].bool()  # decoder layers get it
         options |= {"attention_mask": attention_mask, "labels": labels}
         try:
             base = (

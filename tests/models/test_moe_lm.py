@@ -86,6 +86,22 @@ def test_padding_is_neither_routed_nor_felt():
         assert other.selected_E.equal(one.selected_E)
 
 
+def test_a_recomputation_sees_the_mask_of_its_own_call():
+    tokens, gradients = ids(), []
+    masks = torch.ones(2, 2, 12, dtype=torch.int64)
+    masks[0, 0, :7] = 0
+    masks[1, 1, :3] = 0
+    for checkpointing in (False, True):
+        model = small(capacity_factor=0.5, balance_weight=0.1).double().train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        losses = [model(tokens, attention_mask=mask, labels=tokens).loss for mask in masks]
+        (losses[0] + losses[1]).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
 @pytest.mark.parametrize("labels", [False, True])
 def test_no_sample_gives_no_logits_and_a_graph(labels):
     model, tokens = small().train(), ids()[:0]
