@@ -51,7 +51,7 @@ class MoELanguageModel(LlamaModel):
         self.post_init()
 
     def _take_mask(self, attention: nn.Module, args: Any, options: dict[str, Any]) -> None:
-        """Before a layer's attention, and so its experts, run or are recomputed: the mask of their own call."""
+        """Before a layer's attention and experts run or are recomputed: the mask of their own call."""
         self.collector.mask = options.get("token_mask")
 
 
