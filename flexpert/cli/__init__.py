@@ -33,7 +33,6 @@ COMMANDS = (
     train,
     evaluate,
     generate,
-    inspect,
     bench,
     emulate,
     convert,

@@ -45,7 +45,9 @@ def nothing_left() -> Iterator[None]:
     """No process, descriptor or device more than before; used before the cluster is made."""
     before = descriptors(), children()
     yield
-    assert (descriptors(), children()) == before
+    left = descriptors(), children()
+    assert left[0] <= before[0]  # fewer: a child of an earlier test has ended meanwhile
+    assert left[1] <= before[1]
 
 
 def descriptors() -> int:
