@@ -45,7 +45,7 @@ class Phase:
     capacity_factor: float
 
 
-# The rows of a rank swing by 4.4 times.
+# The rows of a rank swing by 4 times, before drops.
 PHASES = (
     Phase(160, 1, 1.0),
     Phase(160, 2, 2.0),
