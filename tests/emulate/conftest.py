@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,8 +45,13 @@ def switch_mode() -> str:
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """No process, descriptor or device more than before; used before the cluster is made."""
+    gc.collect()  # what earlier tests left in cycles must not close, or count, in the middle of this one
     before = descriptors(), children()
     yield
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while descriptors() > before[0] and time.monotonic() < deadline:  # threads of other tests may be closing
+        time.sleep(0.05)
     left = descriptors(), children()
     assert left[0] <= before[0]  # fewer: a child of an earlier test has ended meanwhile
     assert left[1] <= before[1]
