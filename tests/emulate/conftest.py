@@ -61,8 +61,8 @@ def nothing_left() -> Iterator[None]:
 def descriptors() -> int:
     """Open namespaces, devices and process handles: what a cluster is made of.
 
-    Pipes and sockets are not counted: those of other tests in this process come and go (pools of ranks, processes
-    waiting to be collected), and those of a cluster end with its processes, which `children` sees.
+    Pipes and sockets are not counted: those of other tests in this process come and go, and those of a
+    cluster end with its processes, which `children` sees.
     """
     kinds = ("net:", "user:", "mnt:", "pid:", "/dev/net/", "anon_inode:[pidfd]")
     found = 0
