@@ -39,7 +39,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         weight_decay: of the first group; the second has 0. Published: 0.1.
     """
     exempt = no_weight_decay(model)
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (others if name in exempt else decayed).append(parameter)

@@ -196,10 +196,10 @@ def _open(source: Source, ranks: Ranks) -> Iterator[tuple[dict[str, tuple[int, .
 
     def read(name: str, index: tuple[slice, ...] | None) -> Tensor:
         if not index:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+            return file.get_tensor(name)
         if any(place.start == place.stop for place in index):
             return torch.empty([place.stop - place.start for place in index])
-        return file.get_slice(name)[index]  # type: ignore[no-any-return]
+        return file.get_slice(name)[index]
 
     with file:
         yield shapes, read

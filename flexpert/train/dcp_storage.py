@@ -85,9 +85,10 @@ def read_tensors(
     """
     try:
         reader = _RestrictedReader(path, files)
-        entries = reader.read_metadata().state_dict_metadata
+        metadata = reader.read_metadata().state_dict_metadata
+        entries = {n: entry for n, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
         found = {name: _text(entry.properties.dtype, entry.size) for name, entry in entries.items()}
-        if found != described:
+        if found != described or len(metadata) > len(entries):
             raise pickle.UnpicklingError("its tensors are not those of the manifest")
         tensors = {
             name: _empty(entries[name].size, entries[name].properties.dtype, like and like(name))
