@@ -28,9 +28,7 @@ def on_rank(local: int, repeats: int) -> list[dict[str, object]]:
         x = torch.randn(each * world, WIDTH)
         # Known once, as a layer keeps them.
         even, results = torch.full((world, world, 1), each), {}
-        splits = {
-            name: algorithm.known(even) for name, algorithm in mesh.algorithms.items()
-        }
+        splits = {name: algorithm.known(even) for name, algorithm in mesh.algorithms.items()}
 
         def call(name: str, x=x, splits=splits, results=results) -> None:
             results[name] = mesh.algorithms[name].start(x, splits[name]).wait()

@@ -5,12 +5,15 @@ All small ones of a group travel in one message, and all collectives are started
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .group import Group, Pending
 from .pending import named
@@ -43,29 +46,36 @@ class Part:
 
 
 def gathered(
-    locals_: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype, name: str
+    tensors: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype, name: str
 ) -> Sequence[Tensor]:
     """The whole parameters, floating ones in `dtype`. Backward: this rank's part of the summed gradients.
 
     Args:
-        locals_: this rank's parts.
+        tensors: this rank's parts, as DTensors or by themselves.
         parts: what to do with each.
         dtype: to compute in.
         name: of them, for messages.
     """
-    if torch.is_grad_enabled() and any(local.requires_grad for local in locals_):
-        wholes: Sequence[Tensor] = _Gather.apply(parts, dtype, name, *locals_)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        wholes: Sequence[Tensor] = _Gather.apply(parts, dtype, name, *tensors)
         return wholes
-    return _gather(locals_, parts, dtype)
+    return _gather(list(map(local_part, tensors)), parts, dtype)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, without gradient; another tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, parts: Sequence[Part], dtype: torch.dtype, name: str, *locals_: Tensor
+        ctx: Any, parts: Sequence[Part], dtype: torch.dtype, name: str, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.parts, ctx.name, ctx.dtypes = parts, name, [local.dtype for local in locals_]
-        wholes = _gather([local.detach() for local in locals_], parts, dtype)
+        ctx.parts, ctx.name, ctx.dtypes = parts, name, [tensor.dtype for tensor in tensors]
+        # A gradient is cut as its parameter: `to_local` and its backward would work that out anew each time.
+        ctx.specs = [tensor._spec if isinstance(tensor, DTensor) else None for tensor in tensors]
+        wholes = _gather([local_part(tensor).detach() for tensor in tensors], parts, dtype)
         ctx.mark_non_differentiable(*(whole for whole in wholes if not whole.is_floating_point()))
         return tuple(wholes)
 
@@ -78,7 +88,8 @@ class _Gather(torch.autograd.Function):
             reduced = _reduce([grads[i].to(ctx.dtypes[i]) for i in wanted], parts)
         results: list[Tensor | None] = [None] * len(grads)
         for i, gradient in zip(wanted, reduced, strict=True):
-            results[i] = gradient
+            spec = ctx.specs[i]
+            results[i] = gradient if spec is None else DTensor(gradient, copy(spec), requires_grad=False)
         return None, None, None, *results
 
 
@@ -97,29 +108,36 @@ def _gather(locals_: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype
             wholes.append(torch.zeros_like(local))
         elif table is None:
             wholes.append(local.contiguous())
-        elif part.slices == 1:
-            wholes.append(table.reshape(-1, *local.shape[1:]))
+        elif lies_joined(local.shape, part):
+            before, after = local.shape[: part.dim], local.shape[part.dim + 1 :]
+            joined = part.slices * local.shape[part.dim]
+            shape = (*before, joined, *after) if part.dim else local.shape
+            wholes.append(table.reshape(-1, *shape[1:]))
         else:
             pieces = table.view(-1, part.slices, *local.shape).unbind(1)
             wholes.append(torch.cat(pieces, dim=part.dim + 1).flatten(0, 1))
     return wholes
 
 
+def lies_joined(shape: Sequence[int], part: Part) -> bool:
+    """Whether parts of this shape, one after the other, are the joined parameter already."""
+    return part.slices == 1 or math.prod(shape[: part.dim]) == 1
+
+
 def _reduce(grads: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
     """This rank's part of each gradient, summed over its group, times the scale."""
-    scaled = [
-        torch.zeros_like(grad) if part.nothing else grad * part.scale
-        for grad, part in zip(grads, parts, strict=True)
-    ]
     tables, shapes = [], []
-    for grad, part in zip(scaled, parts, strict=True):
-        pieces, size = grad[None], 1
+    for grad, part in zip(grads, parts, strict=True):
+        table, shape, size = grad, list(grad.shape), 1
         if part.group is not None and part.travels:
             size = part.group.size
-            of_experts = grad.view(size // part.slices, -1, *grad.shape[1:])
-            pieces = torch.stack(of_experts.chunk(part.slices, dim=part.dim + 1), dim=1).flatten(0, 1)
-        tables.append(pieces.reshape(size, -1))
-        shapes.append(pieces.shape[1:])
+            shape[0] //= size // part.slices
+            shape[part.dim] //= part.slices
+            if not lies_joined(shape, part):
+                of_experts = grad.view(size // part.slices, -1, *grad.shape[1:])
+                table = torch.stack(of_experts.chunk(part.slices, dim=part.dim + 1), dim=1)
+        tables.append(table.reshape(size, -1))
+        shapes.append(shape)
 
     def start(group: Group, members: list[Tensor]) -> tuple[Pending, Tensor]:
         flat = members[0] if len(members) == 1 else torch.cat(members, 1)
@@ -127,10 +145,13 @@ def _reduce(grads: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
         return group.reduce_scatter(own, flat, async_op=True), own
 
     reduced = _together(tables, parts, start)
-    return [
-        grad if own is None else own.reshape(shape)
-        for grad, own, shape in zip(scaled, reduced, shapes, strict=True)
-    ]
+    results = []
+    for grad, own, part, shape in zip(grads, reduced, parts, shapes, strict=True):
+        if part.nothing:
+            results.append(torch.zeros_like(grad))
+        else:
+            results.append((grad if own is None else own.reshape(shape)) * part.scale)
+    return results
 
 
 def _together(

@@ -9,11 +9,8 @@ sources are dealt out over the members.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from flexpert.core.layout import ParamLayout
 
@@ -39,9 +36,7 @@ def weights_for(
     layouts, tensors = bank.layout(), tensors_of(bank)
     cut = [name for name in tensors if name in layouts]
     parts = [_part(layouts[name], mesh, r) for name in cut]
-    differentiates = torch.is_grad_enabled() and any(tensors[name].requires_grad for name in cut)
-    locals_ = [_local(tensors[name], differentiates) for name in cut]
-    wholes = gathered(locals_, parts, dtype, f"{layer} parameters")
+    wholes = gathered([tensors[name] for name in cut], parts, dtype, f"{layer} parameters")
     return {**tensors, **dict(zip(cut, wholes, strict=True))}
 
 
@@ -52,12 +47,6 @@ def _part(layout: ParamLayout, mesh: ExpertMesh, r: int) -> Part:
         nothing = layout.once and r > 1 and mesh.slice >= size
         return Part(mesh.column if r == 0 else None, 1, 0, 1.0 / mesh.expert_ranks, nothing)
     return Part(mesh.whole if r == 0 else mesh.blocks[size], size, layout.slice_dim, 1.0 / mesh.whole.size)
-
-
-def _local(parameter: Any, differentiates: bool) -> Tensor:
-    assert isinstance(parameter, DTensor)
-    local: Tensor = parameter.to_local() if differentiates else parameter._local_tensor
-    return local
 
 
 def destinations(mesh: ExpertMesh, r: int, source: int) -> list[bool]:
