@@ -76,11 +76,13 @@ def check_bank(name: str, bank: Bank, mesh: ExpertMesh) -> None:
                 )
 
 
-def tensors_of(bank: Bank) -> dict[str, Tensor]:
+def tensors_of(bank: Any) -> dict[str, Tensor]:
     """What a call of the bank needs by name: all parameters, and the buffers that are cut over ranks."""
-    layouts = bank.layout()
-    buffers = {name: buffer for name, buffer in bank.named_buffers() if name in layouts}
-    return {**dict(bank.named_parameters()), **buffers}
+    layouts, parameters, buffers = bank.layout(), bank._parameters, bank._buffers
+    if bank._modules or len(set(map(id, parameters.values()))) < len(parameters):
+        parameters, buffers = dict(bank.named_parameters()), dict(bank.named_buffers())
+    tables = parameters.items(), ((name, buffer) for name, buffer in buffers.items() if name in layouts)
+    return {name: tensor for table in tables for name, tensor in table if tensor is not None}
 
 
 def shard_bank(bank: Bank, mesh: ExpertMesh) -> list[tuple[nn.Parameter, ParamLayout | None]]:

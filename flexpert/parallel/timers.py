@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,13 +109,16 @@ class StragglerReport:
 _active: PhaseTimers | None = None
 
 
-@contextmanager
-def phase(name: str, rows: int = 0) -> Iterator[None]:
+_NOT_TIMED = nullcontext()
+
+
+def phase(name: str, rows: int = 0) -> AbstractContextManager[None]:
     """Count what runs inside the `with`, and rows, where timers are active."""
-    timers = _active
-    if timers is None:
-        yield
-        return
+    return _NOT_TIMED if _active is None else _phase(_active, name, rows)
+
+
+@contextmanager
+def _phase(timers: PhaseTimers, name: str, rows: int) -> Iterator[None]:
     entered = timers.enter()
     try:
         yield
