@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from flexpert.core.errors import ConfigError
 from flexpert.core.registry import check_options
 
@@ -88,6 +91,20 @@ class Rate:
             return flops * times[0]
         share = (rows - self.rows[i - 1]) / (self.rows[i] - self.rows[i - 1])
         return flops * (times[i - 1] + (times[i] - times[i - 1]) * share)
+
+    def seconds_of(self, rows: Tensor, flops: float, *, backward: bool = False) -> Tensor:
+        """As `seconds`, of many numbers of rows at once: float64, of the shape of `rows`."""
+        values = torch.tensor(self.backward if backward else self.forward, dtype=torch.float64)
+        knots = torch.tensor(self.rows, dtype=torch.float64)
+        times = knots / values
+        if len(knots) == 1:
+            found = times * (rows / knots).clamp(min=1.0)
+        else:
+            i = torch.bucketize(rows, knots).clamp(1, len(knots) - 1)
+            slope = (times[i] - times[i - 1]) / (knots[i] - knots[i - 1])
+            found = times[i - 1] + slope * (rows.clamp(min=float(knots[0])) - knots[i - 1])
+            found = torch.where(rows > knots[-1], rows / values[-1], found)
+        return flops * torch.where(rows > 0, found, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
