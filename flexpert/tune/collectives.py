@@ -65,12 +65,19 @@ class Clock:
         size = self.shape.local_experts * self.shape.params_per_expert * self._itemsize() / plan.r
         return self.copy(3 * size * (plan.degree - 1))
 
-    def rows(self, sent: float, computed: float, backward: bool) -> float:
-        """Gathering, sorting and combining rows: those a rank sends, and those it computes."""
+    def rows(self, sent: float, computed: float, cut: bool, backward: bool) -> float:
+        """Gathering, sorting and combining rows: those a rank sends, and those it computes.
+
+        Args:
+            sent, computed: rows.
+            cut: they are picked one by one, for chunks or because each goes to several ranks.
+            backward: which pass.
+        """
         overheads = self.machine.overheads
         size = (self.shape.model_dim + self.shape.output_dim) / 2 * self._itemsize()
         per_byte = overheads.row_backward if backward else overheads.row
-        return self.everyone(per_byte * size * (sent + computed) / 2)
+        picked = (overheads.cut_backward if backward else overheads.cut) if cut else 0.0
+        return self.everyone(size * (per_byte * (sent + computed) / 2 + picked * sent))
 
     def copy(self, moved: float) -> float:
         """So many bytes read and written by every rank."""
@@ -85,13 +92,31 @@ class Clock:
         between, inside = volume.between / port, volume.inside / own
         if not hierarchical:
             work = self._messages(self.local - 1, self.shape.ranks - self.local)
-            return self._latency(self.nodes > 1) + math.hypot(degree * work, max(inside, between))
+            return self._latency(self.nodes > 1) + self._both(work, max(inside, between), degree)
         phases = [
-            math.hypot(degree * self._messages(self.local - 1, 0), inside) + self._latency(False),
-            math.hypot(degree * self._messages(0, self.nodes - 1), between) + self._latency(True),
+            self._both(self._messages(self.local - 1, 0), inside, degree) + self._latency(False),
+            self._both(self._messages(0, self.nodes - 1), between, degree) + self._latency(True),
         ]
         relays = self.everyone(degree * machine.overheads.relay) if self.shape.ranks > 1 else 0.0
         return sum(phases) + self.copy(4 * volume.sent) + relays
+
+    def busy_sending(self, algorithm: str, degree: int) -> float:
+        """What an exchange takes of processors that the ranks share; 0 where each has its own."""
+        if self.machine.processors is None:
+            return 0.0
+        if algorithm == "linear":
+            return degree * self._messages(self.local - 1, self.shape.ranks - self.local)
+        return degree * (
+            self._messages(self.local - 1, 0)
+            + self._messages(0, self.nodes - 1)
+            + self.everyone(self.machine.overheads.relay)
+        )
+
+    def _both(self, messages: float, wire: float, degree: int) -> float:
+        """Messages of one chunk, and the bytes of all, which overlap in part."""
+        if self.machine.processors is None:
+            return math.hypot(degree * messages, wire)
+        return math.hypot(messages, wire) + (degree - 1) * messages
 
     def _counts(self, travels: bool, algorithm: str, capacity: str, known: int | None) -> float:
         """Seconds of the messages that go ahead of the rows."""

@@ -70,6 +70,14 @@ class Rate:
                     f"rate: {name}={list(values)}, expected {len(self.rows)} numbers > 0, as of rows"
                 )
 
+    def slower(self, factor: float) -> Rate:
+        """The rates by which everything takes `factor` times as long."""
+        return Rate(
+            rows=self.rows,
+            forward=tuple(value / factor for value in self.forward),
+            backward=tuple(value / factor for value in self.backward),
+        )
+
     def seconds(self, rows: float, flops: float, *, backward: bool = False) -> float:
         """Of so many rows of one expert: between points linear in rows, so that the weights' time counts.
 
@@ -116,6 +124,8 @@ class Overheads:
         chunk, chunk_backward: of each chunk of rows after the first: indices, splits, calls.
         token, token_backward: of the router, for each token.
         row, row_backward: of gathering, sorting and combining, for each byte of a row.
+        cut, cut_backward: of picking rows for chunks, or for several ranks each, and putting them back, for
+            each byte that is sent.
         collective: of issuing one collective and waiting for it.
         relay: of a hierarchical exchange, over its messages: sorting rows for its second phase.
     """
@@ -128,6 +138,8 @@ class Overheads:
     token_backward: float = 0.0
     row: float = 0.0
     row_backward: float = 0.0
+    cut: float = 0.0
+    cut_backward: float = 0.0
     collective: float = 0.0
     relay: float = 0.0
 

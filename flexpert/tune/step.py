@@ -20,11 +20,12 @@ class Times:
     Args:
         clock: of the layer on a machine.
         workload: its rows.
+        volumes: of it, where they were counted before.
     """
 
-    def __init__(self, clock: Clock, workload: Workload) -> None:
+    def __init__(self, clock: Clock, workload: Workload, volumes: Volumes | None = None) -> None:
         self.clock, self.workload = clock, workload
-        self.volumes = Volumes(clock.shape, workload)
+        self.volumes = Volumes(clock.shape, workload) if volumes is None else volumes
         self._experts = lru_cache(maxsize=None)(self._products)
         self._travels = lru_cache(maxsize=None)(self._travel)
 
@@ -48,7 +49,8 @@ class Times:
             chunks = plan.degree - 1 if plan.r else 0
             parts["router"] += clock.everyone(token * self.workload.tokens)
             parts["calls"] += clock.everyone(call + chunks * chunk)
-            parts["rows"] += clock.rows(volumes.sent * max(plan.r, 1), computed, reverse)
+            cut = plan.r > 1 or (plan.r == 1 and plan.degree > 1)
+            parts["rows"] += clock.rows(volumes.sent * max(plan.r, 1), computed, cut, reverse)
             experts = self._experts(plan.r, plan.degree, plan.capacity, reverse)
             parts["experts"] += experts
             if plan.r == 0:
@@ -58,7 +60,11 @@ class Times:
             parts["dispatch"] += dispatch
             parts["combine"] += combine
             hidden += dispatch + experts + combine
-            hidden -= pipeline(dispatch, experts, combine, plan.degree, clock.machine.overlap)
+            # What messages cost of a shared processor hides nothing.
+            busy = clock.busy_sending(plan.algorithm, plan.degree)
+            there, back = max(dispatch - busy, 0.0), max(combine - busy, 0.0)
+            hidden -= dispatch - there + combine - back
+            hidden -= pipeline(there, experts, back, plan.degree, clock.machine.overlap)
         return dict(parts), sum(parts.values()) - hidden
 
     def _products(self, r: int, degree: int, capacity: str, reverse: bool) -> float:
