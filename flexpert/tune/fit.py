@@ -39,7 +39,15 @@ CONSTANTS = {
     "exposed": 0.5,  # 1 - overlap
     "products": 1.0,  # of the rates' times
 }
-FLOOR = 0.25  # of what a call or a chunk takes by itself: there is work in it that has no other name
+# Of what was measured by itself: there is work in a call that has no other name, and products take time.
+FLOORS = {
+    "overheads.call": 0.25,
+    "overheads.call_backward": 0.25,
+    "overheads.chunk": 0.25,
+    "overheads.chunk_backward": 0.25,
+    "products": 0.5,
+}
+STEP = 0.01  # of a unit, for the slopes
 TRUST = 0.05  # doubling what was measured by itself weighs as much as this error of one time
 ROUNDS = 3
 
@@ -75,31 +83,28 @@ def fitted(machine: Machine, observations: Sequence[Observation]) -> Machine:
         return [f / m - 1 for f, m in zip(found, measured, strict=True)]
 
     before = values_of(machine)
-    units = {name: max(before[name], least) for name, least in CONSTANTS.items()}
-    floors = [FLOOR * before[n] / units[n] * (".call" in n or ".chunk" in n) for n in CONSTANTS]
     names = list(CONSTANTS)
+    units = {name: max(before[name], least) for name, least in CONSTANTS.items()}
+    floors = [FLOORS.get(name, 0.0) * before[name] / units[name] for name in names]
+    now = before
     for _ in range(ROUNDS):  # the model is not quite linear in them
-        now, base = values_of(machine), errors(machine)
-        columns = []
+        base, columns = errors(with_values(machine, now)), []
         for name in names:
-            moved = errors(with_values(machine, {name: now[name] + 0.01 * units[name]}))
-            columns.append([(m - b) / 0.01 for m, b in zip(moved, base, strict=True)])
+            moved = errors(with_values(machine, now | {name: now[name] + STEP * units[name]}))
+            columns.append([(m - b) / STEP for m, b in zip(moved, base, strict=True)])
         equations = [list(row) for row in zip(*columns, strict=True)]
-        here = [now[name] / units[name] for name in names]
+        # What is unknown is by how much each constant, in its unit, is above its floor.
+        here = [now[name] / units[name] - floor for name, floor in zip(names, floors, strict=True)]
         aims = [
             sum(a * x for a, x in zip(row, here, strict=True)) - error
             for row, error in zip(equations, base, strict=True)
         ]
-        for i, name in enumerate(names):
+        for i, (name, floor) in enumerate(zip(names, floors, strict=True)):
             equations.append([TRUST * (i == j) for j in range(len(names))])
-            aims.append(TRUST * before[name] / units[name])
-        aims = [
-            aim - sum(a * floor for a, floor in zip(row, floors, strict=True))
-            for row, aim in zip(equations, aims, strict=True)
-        ]
-        solved = [x + floor for x, floor in zip(nonnegative(equations, aims), floors, strict=True)]
-        machine = with_values(machine, {n: x * units[n] for n, x in zip(names, solved, strict=True)})
-    return machine
+            aims.append(TRUST * (before[name] / units[name] - floor))
+        above = nonnegative(equations, aims)
+        now = {n: (x + f) * units[n] for n, x, f in zip(names, above, floors, strict=True)}
+    return with_values(machine, now)
 
 
 def values_of(machine: Machine) -> dict[str, float]:

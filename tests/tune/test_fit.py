@@ -10,7 +10,7 @@ import torch
 from flexpert.core.plan import ExecutionPlan
 from flexpert.tune import Rate, Workload, predict
 from flexpert.tune.cost import Predictor, candidates
-from flexpert.tune.fit import FLOOR, Observation, fitted, values_of, with_values
+from flexpert.tune.fit import FLOORS, Observation, fitted, values_of, with_values
 from flexpert.tune.least_squares import nonnegative
 from tests.tune.cases import machine_of, shape_of
 
@@ -84,10 +84,20 @@ def test_the_truth_is_found_from_wrong_beginnings(noise, allowed):
 def test_a_call_keeps_part_of_what_it_takes_by_itself():
     truth = shared(**{"overheads.call": 0.0, "overheads.call_backward": 0.0})
     found = values_of(fitted(shared(), observe(truth)))
-    assert found["overheads.call"] >= FLOOR * 3e-3 - 1e-12
-    assert found["overheads.call_backward"] >= FLOOR * 2e-3 - 1e-12
+    assert found["overheads.call"] >= FLOORS["overheads.call"] * 3e-3 - 1e-12
+    assert found["overheads.call_backward"] >= FLOORS["overheads.call_backward"] * 2e-3 - 1e-12
     assert all(value >= 0 for value in found.values())
     assert found["exposed"] <= 1
+
+
+def test_products_that_the_layers_hardly_show_keep_a_time():
+    times = observe(shared())
+    swift = [dataclasses.replace(o, forward=o.forward / 3, total=o.total / 3) for o in times]
+    machine = fitted(shared(), swift)
+    assert (
+        machine.rate("float32").forward[0]
+        <= shared().rate("float32").forward[0] / FLOORS["products"] * 1.0001
+    )
 
 
 def test_rates_of_many_rows_are_those_of_each():
