@@ -20,21 +20,17 @@ from flexpert.parallel import ExpertMesh, ExpertParallel
 from flexpert.parallel.agree import agree
 from flexpert.parallel.together import Ranks
 
-from .cost import candidates, predict
+from .cost import Predictor, candidates
 from .dictionary import Dictionary
 from .gather import Gatherer
 from .machine import Machine
 from .tuner import CostFunction, TunedLayer, Tuner
-from .workload import LayerShape, Workload
+from .workload import LayerShape
 
 
 def cost_of(machine: Machine) -> CostFunction:
     """The cost function of a machine: forward and backward of a call."""
-
-    def cost(shape: LayerShape, plan: ExecutionPlan, workload: Workload) -> float:
-        return predict(shape, plan, workload, machine).seconds
-
-    return cost
+    return Predictor(machine)
 
 
 def attach(
