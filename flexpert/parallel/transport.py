@@ -27,7 +27,7 @@ from .routes import Routes
 from .switch import counts_by_rank, even_counts, starts_by_rank, weights_for
 from .timers import phase
 
-HEADER = 10  # numbers that a rank tells the others before rows travel: its capacity, facts and plan
+HEADER = 11  # numbers that a rank tells the others before rows travel: its capacity, facts and plan
 
 
 class ExpertParallel:
