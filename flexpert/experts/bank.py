@@ -80,6 +80,18 @@ class ExpertBank(nn.Module):
         """Gather, experts and weighted sum in one: (T, O) in x's dtype; only where `has_fused`."""
         raise TypeError(f"{type(self).__name__} has no fused path")
 
+    def padded(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """As `fused`, by way of buffers of equal size for every expert, where the bank has such a way."""
+        return self.fused(x_TD, routing)
+
+    def kernels(self, dtype: torch.dtype) -> list[str]:
+        """What a plan's `kernel` may name for rows of a dtype, "auto" first: all that differs in speed."""
+        return ["auto"]
+
+    def pads(self, dtype: torch.dtype) -> bool:
+        """Whether `padded` is another way than `fused` for rows of a dtype."""
+        return False
+
     def rows(self, x_RD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None = None) -> Tensor:
         """Results (R, O) in place: row unit_N[i] of x is computed by the expert that row i belongs to.
 
