@@ -76,7 +76,8 @@ class _Gather(torch.autograd.Function):
         # A gradient is cut as its parameter: `to_local` and its backward would work that out anew each time.
         ctx.specs = [tensor._spec if isinstance(tensor, DTensor) else None for tensor in tensors]
         wholes = _gather([local_part(tensor).detach() for tensor in tensors], parts, dtype)
-        ctx.mark_non_differentiable(*(whole for whole in wholes if not whole.is_floating_point()))
+        fixed = [whole for whole, needed in zip(wholes, ctx.needs_input_grad[3:], strict=True) if not needed]
+        ctx.mark_non_differentiable(*fixed)  # frozen parameters, and buffers: modules may write to theirs
         return tuple(wholes)
 
     @staticmethod
