@@ -125,9 +125,9 @@ struct Multiplier {
         for (index k = 0; k < count; ++k) work();
         for (index r = 0; r < rows; r += 8) dot_rows<8>(left + r * BLOCK, right, count, sums[part] + r * BLOCK, [] {});
       } else if (rows > 16) {
-        tiles_32(left, right, count, sums[part], work);
+        tiles_32(left, right, count, sums[part], work, o.begin);
       } else {
-        tiles_16(left, right, count, sums[part], work);
+        tiles_16(left, right, count, sums[part], work, o.begin);
       }
     }
   }
@@ -185,17 +185,27 @@ struct Multiplier {
     }
   }
 
+  // The left operand is used again with the next right one: those are loaded past the first-level cache, so that it
+  // stays there.
   template <typename Work>
-  static void tiles_32(const Element* left, const Element* right, index count, float* sums, const Work& work) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+  static void tiles_32(const Element* left, const Element* right, index count, float* sums, const Work& work,
+                       const float* begin) {
+    if (begin) {
+      _tile_loadd(0, begin, 128);
+      _tile_loadd(1, begin + 16, 128);
+      _tile_loadd(2, begin + TILE / 2, 128);
+      _tile_loadd(3, begin + TILE / 2 + 16, 128);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
     for (index k = 0; k < count; ++k, left += TILE, right += TILE) {
       _tile_loadd(4, left, 64);
-      _tile_loadd(6, right, 64);
+      _tile_stream_loadd(6, right, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, right + TILE / 2, 64);
+      _tile_stream_loadd(7, right + TILE / 2, 64);
       _tile_dpbf16ps(1, 4, 7);
       _tile_loadd(5, left + TILE / 2, 64);
       _tile_dpbf16ps(2, 5, 6);
@@ -209,9 +219,15 @@ struct Multiplier {
   }
 
   template <typename Work>
-  static void tiles_16(const Element* left, const Element* right, index count, float* sums, const Work& work) {
-    _tile_zero(0);
-    _tile_zero(1);
+  static void tiles_16(const Element* left, const Element* right, index count, float* sums, const Work& work,
+                       const float* begin = nullptr) {
+    if (begin) {
+      _tile_loadd(0, begin, 128);
+      _tile_loadd(1, begin + 16, 128);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+    }
     for (index k = 0; k < count; ++k, left += TILE, right += TILE) {
       _tile_loadd(4, left, 64);
       _tile_loadd(6, right, 64);

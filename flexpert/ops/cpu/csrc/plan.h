@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr index WAVE_BLOCKS = 32, ALONE_ROWS = 512;
+constexpr index WAVE_BLOCKS = 32, ALONE_ROWS = sizeof(Element) == 2 ? 512 : 1024;
 
 enum Status : index { DONE = 0, TOO_MANY_ROWS = 1, UNIT_OUT_OF_RANGE = 2, SLOT_OUT_OF_RANGE = 3, NO_MEMORY = 4 };
 
