@@ -20,13 +20,15 @@ from .activations import ACTIVATIONS, Activation, get_activation
 from .library_route import OPERATORS
 from .portable_route import SCORINGS
 from .routes import Routes
-from .select import override, report, use_backend
+from .select import able, override, report, use_backend
+from .wanted import wanted_kernel, wanting
 
 __all__ = [
     "ACTIVATIONS",
     "SCORINGS",
     "Activation",
     "Routes",
+    "able",
     "assign",
     "gather_rows",
     "get_activation",
@@ -38,6 +40,8 @@ __all__ = [
     "router_logits",
     "scatter_combine",
     "use_backend",
+    "wanted_kernel",
+    "wanting",
 ]
 
 _grouped_linear = OPERATORS.grouped_linear.default

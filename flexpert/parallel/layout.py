@@ -26,6 +26,9 @@ class Bank(Protocol):
     sliceable: bool
     row_independent: bool
 
+    def hold(self, experts: range) -> bool:
+        """Stack what is not stacked, for these experts alone; whether there was any."""
+
     def layout(self) -> Mapping[str, ParamLayout]:
         """How each parameter is cut over ranks."""
 
@@ -91,15 +94,20 @@ def shard_bank(bank: Bank, mesh: ExpertMesh) -> list[tuple[nn.Parameter, ParamLa
     """
     done: list[tuple[nn.Parameter, ParamLayout | None]] = []
     for group in bank.groups().values():
+        if not group.remote:
+            continue
+        is_part = group.hold(mesh.experts_of(group.num_experts))
         layouts = group.layout()
-        if not group.remote or not layouts:
+        if not layouts:
             continue
         done += [(p, None) for name, p in group.named_parameters() if name not in layouts]
         for name, layout in layouts.items():
             path, _, key = name.rpartition(".")
             owner = group.get_submodule(path)
             old = getattr(owner, key)
-            if old.is_meta:
+            if is_part:
+                local = old.detach()
+            elif old.is_meta:
                 local = initial_part(group, name, old.shape, layout, mesh, old.dtype)
             else:
                 local = local_part(old.detach(), layout, mesh)

@@ -20,7 +20,7 @@ from .timers import phase
 if TYPE_CHECKING:
     from .call import Call
 
-HEADER = 10  # numbers beside the counts: the capacity, facts and plan
+HEADER = 11  # numbers beside the counts: the capacity, facts and plan
 
 
 def meet(call: Call, rows_ND: Tensor, counts: list[int], capacity: int | None) -> tuple[int, Any]:

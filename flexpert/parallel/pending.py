@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -68,6 +69,14 @@ class Pending:
         if self._end is not None:
             self._end()
         self._work, self._keep, self._finish, self._end = None, (), None, None
+
+    def future(self) -> torch.futures.Future[list[Tensor]]:
+        """Done when the result is there, also where nobody waits; to be asked for before `wait`."""
+        if self._work is None:
+            done: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+            done.set_result(list(self._keep))
+            return done
+        return self._work.get_future()
 
     def error(self, cause: Exception) -> DistributedError:
         """What to raise for a failure of the backend."""

@@ -39,8 +39,9 @@ class PhaseTimers:
     """Seconds of this rank in each of `PHASES`, forward and backward, and the rows its experts computed.
 
     "dispatch wait" has the exchange of counts in it, where ranks wait for one that is late; "reduce wait" the
-    differentiable sums over ranks, of losses; "dense" is what no other phase is: collectives of DDP or FSDP
-    too, and with r = 0 the experts' backward. Of a phase inside another the time counts for the inner one.
+    differentiable sums over ranks, of losses, and the collectives of DDP and FSDP; "dense" is what no other
+    phase is: with r = 0 the experts' backward too. Of a phase inside another the time counts for the inner
+    one.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
