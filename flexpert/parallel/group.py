@@ -27,6 +27,13 @@ REDUCE = {
     "min": dist.ReduceOp.MIN,
     "avg": dist.ReduceOp.AVG,
 }
+_REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda parts: parts.sum(0, dtype=parts.dtype),
+    "max": lambda parts: parts.amax(0),
+    "min": lambda parts: parts.amin(0),
+    "avg": lambda parts: parts.mean(0),
+}
+SMALL_REDUCE = 4096  # bytes up to which the number of steps decides
 # PyTorch renames these; the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -226,6 +233,8 @@ class Group:
         portions = [(stop - start) * buffer.element_size() for start, stop in pairwise(edges)]
         self.traffic.add("all_reduce", portions, self.rank, self.node_of)
         self.traffic.add("all_reduce", [portions[self.rank]] * self.size, self.rank, self.node_of)
+        if buffer.is_cpu and _num_bytes(buffer) <= SMALL_REDUCE:
+            return self._reduce_at_once(target, buffer, op, async_op)
         finish = None if buffer.data_ptr() == target.data_ptr() else lambda: target.copy_(buffer)
         return self._run(
             "all_reduce",
@@ -233,6 +242,22 @@ class Group:
             lambda pg: dist.all_reduce(buffer, REDUCE[op], group=pg, async_op=True),
             async_op,
             finish=finish,
+        )
+
+    def _reduce_at_once(self, target: Tensor, source: Tensor, op: ReduceName, async_op: bool) -> Pending:
+        """Every rank sends its few numbers to every other: one step, where gloo's ring takes 2 (n - 1)."""
+        own = source.reshape(1, -1).expand(self.size, -1).contiguous()
+        parts, even = torch.empty_like(own), [1] * self.size
+
+        def reduce() -> None:
+            target.copy_(_REDUCED[op](parts).view(target.shape))
+
+        return self._run(
+            "all_reduce",
+            (parts, own),
+            lambda pg: _start_all_to_all(pg, parts, own, even, even),
+            async_op,
+            finish=reduce,
         )
 
     def barrier(self) -> None:
