@@ -268,7 +268,8 @@ class Tuner:
             return
         self._known = {name: Seen(tuple(c), cap, t) for name, (c, cap, t) in state["known"].items()}
         self._plans = {name: ExecutionPlan.from_dict(plan) for name, plan in state["plans"].items()}
-        self.steps, self.trials, self._calm = (int(state[name]) for name in ("steps", "trials", "calm"))
+        self.steps, self.trials = int(state["steps"]), int(state["trials"])
+        self._calm = int(state.get("calm", 0))
 
     def _choose(self, number: int) -> _Step:
         """The plans of a step, from what is known before it."""
