@@ -22,9 +22,9 @@ from flexpert.core.plan import ExecutionPlan
 from .codec import CODECS
 from .grid import RankGrid
 from .layout import tensors_of
+from .meeting import HEADER
 from .mesh import ExpertMesh
 from .rows import RowTraffic
-from .transport import HEADER
 
 
 @dataclass

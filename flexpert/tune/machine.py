@@ -162,8 +162,8 @@ class Machine:
         sharing: ranks that share the processors.
         overlap: the share of the shorter of computation and communication that hides behind the longer where
             both go on at once; 0 to 1.
-        reduce_scatter: bytes on the links for each byte of a plain reduce-scatter; 2 where the backend makes
-            an all-reduce of it, as gloo does.
+        reduce_scatter: the time of a reduce-scatter over that of an all-gather; 2 where the backend makes an
+            all-reduce of it, as gloo by itself does.
         memory: bytes of one rank's device; 0: unknown.
         facts: what it was measured on, or where the numbers are from.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexpert import ops
 from flexpert.core.config import MoEConfig
@@ -69,7 +69,7 @@ def products(
     """(forward, backward) of one expert's operator, as a layer calls it, for each number of rows."""
     w1 = torch.randn(1, hidden_dim, model_dim).mul_(0.02).to(dtype).requires_grad_()
     w2 = torch.randn(1, model_dim, hidden_dim).mul_(0.02).to(dtype).requires_grad_()
-    found = []
+    found: list[tuple[Call, Call]] = []
     for number in rows:
         x = torch.randn(number, model_dim).to(dtype).requires_grad_()
         unit, counts = torch.arange(number), torch.tensor([number])
@@ -101,7 +101,8 @@ class OneRankLayer:
         rank = dist.get_rank()
         mesh = expert_mesh(experts, ranks=[rank], heartbeat=0)
         config = MoEConfig(model_dim=model_dim, hidden_dim=hidden_dim, num_experts=experts)
-        self.layer: nn.Module = parallelize(MoE(config).to(dtype), mesh)
+        self.layer = MoE(config).to(dtype)
+        parallelize(self.layer, mesh)
         self.x = torch.randn(tokens, model_dim).to(dtype).requires_grad_()
         self.y: Tensor
 

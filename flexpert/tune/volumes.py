@@ -86,7 +86,7 @@ def volume_of(shape: LayerShape, *ways: tuple[Tensor, Tensor]) -> Volume:
     nodes = int(node_W[-1]) + 1
     between_DN = torch.stack([torch.bincount(node_W, between_W, nodes) for _, between_W in ways])
     inside_DW = torch.stack([inside_W for inside_W, _ in ways])
-    sent = float(sum(ways[0]).double().mean())
+    sent = float((ways[0][0] + ways[0][1]).double().mean())
     return Volume(float(between_DN.max()), float(inside_DW.max()), sent)
 
 
