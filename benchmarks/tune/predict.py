@@ -39,9 +39,19 @@ CLUSTERS = (
     {"nodes": 2, "ranks": 2, "bandwidth": "1gbit", "latency": "100us"},
     {"nodes": 2, "ranks": 4, "bandwidth": "500mbit", "latency": "200us"},
 )
-LAYERS = (
+LAYERS: tuple[dict[str, Any], ...] = (
     {"experts": 4, "model_dim": 192, "hidden_dim": 768, "replicas": 1},
     {"experts": 8, "model_dim": 256, "hidden_dim": 512, "replicas": 1},
+    # Not looked at while the model was made.
+    {
+        "experts": 8,
+        "model_dim": 320,
+        "hidden_dim": 320,
+        "replicas": 1,
+        "slices": 2,
+        "expert": "glu",
+        "loads": 2,
+    },
 )
 # Tokens of a rank, and how far from even the router sends them.
 LOADS = ((48, 0.0), (384, 2.0), (1280, 0.0))
@@ -59,12 +69,13 @@ def on_rank(local: int, repeats: int) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     rows = []
     for settings in LAYERS:
-        mesh = expert_mesh(settings["experts"], replicas=settings["replicas"], ranks_per_node=local)
+        places = {key: settings.get(key) for key in ("replicas", "slices")}
+        mesh = expert_mesh(settings["experts"], ranks_per_node=local, **places)
         torch.manual_seed(0)
-        dims = {key: settings[key] for key in ("model_dim", "hidden_dim")}
+        dims = {key: settings[key] for key in ("model_dim", "hidden_dim", "expert") if key in settings}
         layer = MoE(MoEConfig(num_experts=settings["experts"], **dims))
         parallelize(layer, mesh)
-        for tokens, skew in LOADS:
+        for tokens, skew in LOADS[: settings.get("loads")]:
             rows += measure(layer, mesh, machine, tokens, skew, repeats)
     return {"machine": machine.to_json(), "seconds": seconds, "rows": [_plain(row) for row in rows]}
 
@@ -100,7 +111,7 @@ def measure(
         cost = predict(shape, plan, workload, machine)
         rows.append(
             {
-                "layer": f"E {mesh.num_experts} S {mesh.slices}",
+                "layer": f"E {mesh.num_experts} S {mesh.slices}{' gated' if shape.gated else ''}",
                 "load": f"{tokens} tokens{', skewed' if skew else ''}",
                 "plan": plan.to_dict(),
                 "measured_ms": statistics.median(times[i]),
