@@ -47,8 +47,9 @@ def inspect_model(folder: Path, *, text: Path | None = None, tokens: int = 8192)
 
     quieten_transformers()
     check_text(found, text)
-    with torch.device("meta"):  # before any text and weight is read
-        Routers(class_of(found)(copy.deepcopy(found.config)))
+    if not found.is_converted:
+        with torch.device("meta"):  # before any text and weight is read
+            Routers(class_of(found)(copy.deepcopy(found.config)))
     inputs, source, count = _inputs(found, text, tokens)
     model = load_model(found)
     routers = Routers(model)
@@ -99,8 +100,9 @@ def _for_both(windows: Iterator[dict[str, Tensor]], config: Any) -> Iterator[dic
 def _windows(ids: Tensor, length: int) -> Iterator[dict[str, Tensor]]:
     """Windows without padding: whole ones together, the rest alone."""
     whole = len(ids) // length * length
-    for part in ids[:whole].view(-1, length).split(BATCH):
-        yield {"input_ids": part}
+    if whole:
+        for part in ids[:whole].view(-1, length).split(BATCH):
+            yield {"input_ids": part}
     if whole < len(ids):
         yield {"input_ids": ids[None, whole:]}
 

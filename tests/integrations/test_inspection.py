@@ -27,8 +27,9 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
-from flexpert import CheckpointError, ConfigError, MoE
+from flexpert import CheckpointError, ConfigError, MoE, routing_scope
 from flexpert.cli import main
+from flexpert.convert import Granular, convert, save
 from flexpert.integrations import inspection
 from flexpert.integrations.inspection import inspect_model
 from flexpert.models import SwinV2MoEForImageClassification, preset
@@ -144,6 +145,24 @@ def test_a_model_of_ours_against_loops(language, text, tmp_path, capacity_factor
         best = max((choices_of(choices, a, b), -a, -b) for a in range(4) for b in range(a + 1, 4))
         (pair,) = strongest_pairs(layer, 1)
         assert pair[:3] == (-best[1], -best[2], best[0])
+
+
+def test_a_converted_model_is_read_as_what_it_became(text, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50)).eval()
+    convert(model, "*.1.mlp", Granular(copies=3, pieces_per_copy=2))
+    save(model, tmp_path / "model")
+    save_tokenizer(tmp_path / "model", size=len(LETTERS))
+    (layer,) = inspect_model(tmp_path / "model", text=text, tokens=100)["layers"]
+    ids = torch.tensor([LETTERS.index(letter) for letter in text.read_text()[:100]])
+    with torch.no_grad(), routing_scope(model) as scope:
+        model(ids[None])
+    (stats,) = scope.stats.values()
+    assert layer["layer"] == "model.layers.1.mlp"
+    assert layer["load"] == stats.load_E.tolist()
+    pairs = layer["coactivation"]  # the pieces of a copy are chosen together
+    assert [pairs[e][e] for e in range(6)] == [pairs[e][e ^ 1] for e in range(6)]
 
 
 def switch():
