@@ -20,13 +20,15 @@ from .activations import ACTIVATIONS, Activation, get_activation
 from .library_route import OPERATORS
 from .portable_route import SCORINGS
 from .routes import Routes
-from .select import override, report, use_backend
+from .select import able, override, report, use_backend
+from .wanted import wanted_kernel, wanting
 
 __all__ = [
     "ACTIVATIONS",
     "SCORINGS",
     "Activation",
     "Routes",
+    "able",
     "assign",
     "gather_rows",
     "get_activation",
@@ -38,16 +40,19 @@ __all__ = [
     "router_logits",
     "scatter_combine",
     "use_backend",
+    "wanted_kernel",
+    "wanting",
 ]
 
-_gather_rows = OPERATORS.gather_rows.default
 _grouped_linear = OPERATORS.grouped_linear.default
-_scatter_combine = OPERATORS.scatter_combine.default
 _OPERATORS = {
     name: getattr(OPERATORS, name).default
-    for name in ("assign", "grouped_mlp", "grouped_mlp_packed", "route", "router_logits")
-}
-_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, type(None)}
+    for name in (
+        "assign", "gather_rows", "grouped_mlp", "grouped_mlp_packed", "route", "router_logits",
+        "scatter_combine",
+    )
+}  # fmt: skip
+_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, torch.dtype, type(None)}
 
 
 def _call(name: str, *args: Any) -> Any:
@@ -138,7 +143,7 @@ def gather_rows(x_TD: Tensor, unit_N: Tensor, counts_E: Tensor) -> Tensor:
     """rows_ND with row i = x[unit_N[i]], and zeros past counts_E.sum()."""
     if (whole := override()) is not None:
         return whole.gather_rows(x_TD, unit_N, counts_E)
-    return _gather_rows(x_TD, unit_N, counts_E)
+    return _call("gather_rows", x_TD, unit_N, counts_E)
 
 
 def grouped_linear(
@@ -168,7 +173,7 @@ def scatter_combine(
     """
     if (whole := override()) is not None:
         return whole.scatter_combine(rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
-    return _scatter_combine(rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
+    return _call("scatter_combine", rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
 
 
 def grouped_mlp(

@@ -297,10 +297,10 @@ class Search:
 
 def describe(plan: ExecutionPlan) -> str:
     """A plan in a few words."""
+    more = "".join(f" {word}" for word in (plan.codec, plan.kernel) if word not in ("none", "auto"))
     if plan.r == 0:
-        return "r=0"
-    codec = "" if plan.codec == "none" else f" {plan.codec}"
-    return f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity}{codec}"
+        return f"r=0{more}"
+    return f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity}{more}"
 
 
 def _ends(first_of: dict[int, int]) -> dict[int, int]:

@@ -24,18 +24,19 @@ from flexpert.core.plan import ExecutionPlan
 from flexpert.core.recomputing import recomputing
 
 from .bucket import ROWS_PER_BUCKET, Bucket
-from .dictionary import Dictionary, Entry, Key
+from .dictionary import Dictionary, Entry, Key, search_for
 from .drift import Drift
 from .gather import Gatherer, News, Seen
 from .log import PlanLog, Plans
 from .report import report
-from .search import Limits, Search, corrected, describe
+from .search import Candidate, Limits, corrected, describe
 from .shortlist import shortlist
 from .workload import LayerShape, Workload
 
 _log = logging.getLogger("flexpert")
 
 CostFunction = Callable[[LayerShape, ExecutionPlan, Workload], float]  # predicted seconds of a call
+_FEW = 8  # plans, all of which are predicted
 _SKIPPED = 2  # first steps of a run, which allocate and warm up, are not measured
 
 
@@ -317,7 +318,9 @@ class Tuner:
             self._drifts[key] = Drift(search.standing.noise, self.settings.band)
         if self._drifts[key].add(seconds, context):
             del self._drifts[key]
-            entry.search = Search(search.candidates, self.settings.limits, [search.plan], first=search.plan)
+            entry.search = type(search)(
+                search.candidates, self.settings.limits, [search.plan], first=search.plan
+            )
             entry.retuned += 1
             self.dictionary.touch(entry)
 
@@ -334,14 +337,24 @@ class Tuner:
             return
         layer, seen = self.layers[name], self._known[name]
         workload = workload_of(layer.shape, seen)
-        found = shortlist(layer.plans, lambda plan: self._cost(layer.shape, plan, workload))
+        found = self._candidates(layer, workload)
         similar = self.dictionary.nearest(*key)
         if similar:
             found = corrected(found, similar[0].errors())
         hints = list(dict.fromkeys(search.plan for search in similar))
-        entry = Entry(Search(found, self.settings.limits, hints))
+        entry = Entry(search_for(layer.shape)(found, self.settings.limits, hints))
         self.dictionary.touch(entry)
         self.dictionary.entries[key] = entry
+
+    def _candidates(self, layer: TunedLayer, workload: Workload) -> list[Candidate]:
+        """Plans with predictions: all of them on one rank, where they are few."""
+
+        def cost(plan: ExecutionPlan) -> float:
+            return self._cost(layer.shape, plan, workload)
+
+        if layer.shape.world == 1 and len(layer.plans) <= _FEW:
+            return [Candidate(plan, cost(plan)) for plan in layer.plans]
+        return shortlist(layer.plans, cost)
 
 
 def workload_of(shape: LayerShape, seen: Seen) -> Workload:
