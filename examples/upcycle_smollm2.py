@@ -34,8 +34,8 @@ METHODS: dict[str, Method | None] = {
     "clone, 4 experts, top-2": Clone(num_experts=4, top_k=2),
     "granular, 4 copies in 4 pieces": Granular(copies=4, pieces_per_copy=4),
 }
-LAYERS, RATES, STEPS, LENGTH, BATCH = 4, (1e-4, 3e-4, 1e-3), 60, 256, 4
-CHOICE, TEST = 16, 48  # held-out windows
+LAYERS, RATES, LENGTH, BATCH = 4, (3e-4, 1e-3), 256, 4
+CHOICE, TEST = 8, 24  # held-out windows
 Windows = tuple[Tensor, Tensor]  # what the tuned layers see (W, L, D), and the next tokens (W, L)
 
 
@@ -138,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--steps", type=int, default=60, help="of the tuning, 1024 tokens each (60)")
     parser.add_argument("--out", type=Path, help="folder for smollm2_upcycled.json and .md")
     options = parser.parse_args()
     began, folder, text = time.perf_counter(), smollm2(), load_python_source()
@@ -150,15 +151,15 @@ def main() -> None:
     def spread(ids: Tensor, count: int) -> Tensor:
         return windows_at(ids, torch.arange(count) * ((len(ids) - 1) // count), LENGTH)
 
-    batches = TextBatches(tokens(text.train), length=LENGTH, batch_size=BATCH * STEPS, seed=0)
+    batches = TextBatches(tokens(text.train), length=LENGTH, batch_size=BATCH * options.steps, seed=0)
     chosen, tested = tokens(text.valid).chunk(2)
     bottom, top = split(AutoModelForCausalLM.from_pretrained(folder), LAYERS)
     train = windows_of(bottom, batches.train(0), torch.bfloat16)
     choice, test = windows_of(bottom, spread(chosen, CHOICE)), windows_of(bottom, spread(tested, TEST))
-    rows = compare(top, METHODS, train, choice, test, STEPS)
+    rows = compare(top, METHODS, train, choice, test, options.steps)
     below = sum(p.numel() for p in bottom.layers.parameters())
     result = (
-        f"The last {LAYERS} of 30 MLPs of SmolLM2-135M-Instruct converted, and tuned for {STEPS} steps of "
+        f"The last {LAYERS} of 30 MLPs of SmolLM2-135M-Instruct, tuned for {options.steps} steps of "
         f"{BATCH * LENGTH} tokens of {text.source}; perplexity on {TEST * LENGTH} tokens of held-out "
         f"files.\n\n{table(rows, below)}\n"
     )
@@ -166,7 +167,8 @@ def main() -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         minutes = round((time.perf_counter() - began) / 60, 1)
-        facts = {**machine_facts(), "command": "python examples/upcycle_smollm2.py", "minutes": minutes}
+        command = f"python examples/upcycle_smollm2.py --steps {options.steps}"
+        facts = {**machine_facts(), "command": command, "minutes": minutes}
         data = json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n"
         (options.out / "smollm2_upcycled.json").write_text(data, encoding="utf-8")
         (options.out / "smollm2_upcycled.md").write_text(result, encoding="utf-8")
