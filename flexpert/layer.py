@@ -149,7 +149,7 @@ class MoE(nn.Module):
         context = self.transport.complete(context)
         losses = {name: term(routing, context) for name, term in self.losses.items()}
         info = MoEInfo(losses=losses, stats=measure(routing, context), routing=routing)
-        if recording:
+        if scope is not None and recording:
             scope.record(info)
         return (y, info) if return_info else y
 

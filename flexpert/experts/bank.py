@@ -5,7 +5,7 @@ Letters: N rows, D model_dim, O output_dim, E logical experts, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flexpert import ops
 from flexpert.core.config import require_int
-from flexpert.core.layout import ParamLayout
+from flexpert.core.layout import ParamLayout, Piece
 from flexpert.core.routing import Routing
 from flexpert.core.seeding import Initial
 
@@ -109,6 +109,18 @@ class ExpertBank(nn.Module):
         """How each parameter is cut over ranks; those left out are whole on every rank, as dense ones are."""
         return {}
 
+    def hold(self, experts: range) -> bool:
+        """Bring tensors that are not stacked into the stacked form of `layout`, for these experts alone.
+
+        Called once, before the bank is laid out over ranks. Returns whether there were any: the stacked
+        tensors then have the rows of these experts only.
+        """
+        return False
+
+    def pieces(self) -> dict[str, Piece]:
+        """After `hold`: where what had a name in the bank's state dict before is now."""
+        return {}
+
     def groups(self) -> dict[str, ExpertBank]:
         """The banks this one is made of, by name, in order of slots; itself as "" where it is one."""
         return {"": self}
@@ -132,6 +144,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The tensor in that dtype; None stays None."""
     return None if tensor is None else tensor.to(dtype)
+
+
+def with_zero_gradients(y: Tensor, unused: Iterable[Tensor]) -> Tensor:
+    """y, whose backward gives zeros in place of None to tensors that took no part.
+
+    An optimiser treats the two differently, so that an expert without rows would go another way than in a
+    bank whose experts are computed in one operator, or on several ranks.
+    """
+    if not torch.is_grad_enabled():
+        return y
+    empty = [tensor.flatten()[:0] for tensor in unused if tensor.requires_grad]
+    return y + torch.cat(empty).sum().to(y.dtype) if empty else y
 
 
 def slots_of_rows(counts_E: Tensor, slot_E: Tensor | None, num_rows: int) -> Tensor:

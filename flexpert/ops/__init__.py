@@ -44,14 +44,15 @@ __all__ = [
     "wanting",
 ]
 
-_gather_rows = OPERATORS.gather_rows.default
 _grouped_linear = OPERATORS.grouped_linear.default
-_scatter_combine = OPERATORS.scatter_combine.default
 _OPERATORS = {
     name: getattr(OPERATORS, name).default
-    for name in ("assign", "grouped_mlp", "grouped_mlp_packed", "route", "router_logits")
-}
-_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, type(None)}
+    for name in (
+        "assign", "gather_rows", "grouped_mlp", "grouped_mlp_packed", "route", "router_logits",
+        "scatter_combine",
+    )
+}  # fmt: skip
+_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, torch.dtype, type(None)}
 
 
 def _call(name: str, *args: Any) -> Any:
@@ -142,7 +143,7 @@ def gather_rows(x_TD: Tensor, unit_N: Tensor, counts_E: Tensor) -> Tensor:
     """rows_ND with row i = x[unit_N[i]], and zeros past counts_E.sum()."""
     if (whole := override()) is not None:
         return whole.gather_rows(x_TD, unit_N, counts_E)
-    return _gather_rows(x_TD, unit_N, counts_E)
+    return _call("gather_rows", x_TD, unit_N, counts_E)
 
 
 def grouped_linear(
@@ -172,7 +173,7 @@ def scatter_combine(
     """
     if (whole := override()) is not None:
         return whole.scatter_combine(rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
-    return _scatter_combine(rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
+    return _call("scatter_combine", rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
 
 
 def grouped_mlp(

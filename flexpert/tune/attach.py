@@ -22,7 +22,7 @@ from flexpert.parallel.together import Ranks
 from flexpert.transport import LocalTransport
 
 from . import one_rank
-from .cost import candidates, predict
+from .cost import Predictor, candidates
 from .dictionary import Dictionary
 from .gather import Gatherer
 from .machine import Machine
@@ -38,9 +38,10 @@ def cost_of(machine: Machine | None = None) -> CostFunction:
     if machine is None:
         return one_rank.work_of
 
+    predictor = Predictor(machine)
+
     def cost(shape: LayerShape, plan: ExecutionPlan, workload: Workload) -> float:
-        seconds = predict(shape, one_rank.plain(plan), workload, machine).seconds
-        return seconds * one_rank.extra_work(shape, plan)
+        return predictor(shape, one_rank.plain(plan), workload) * one_rank.extra_work(shape, plan)
 
     return cost
 

@@ -13,7 +13,7 @@ from flexpert.core.plan import ExecutionPlan
 from flexpert.parallel.predict import counts_on_wire
 from flexpert.parallel.rows import RowTraffic
 
-from .step import computed_rows
+from .volumes import computed_rows
 from .workload import DTYPES, LayerShape, Workload
 
 REDUCING = 3  # copies of a gradient on its way: scaled, sorted by rank, and the backend's own

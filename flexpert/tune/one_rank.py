@@ -11,10 +11,10 @@ from torch import nn
 from flexpert.core.plan import ExecutionPlan
 from flexpert.parallel.grid import RankGrid
 from flexpert.parallel.group import Group
-from flexpert.parallel.predict import counts_on_wire
 from flexpert.transport import LocalTransport
 
 from .shape import LayerShape
+from .volumes import computed_rows
 from .workload import Workload
 
 ALONE = RankGrid(replicas=1, expert_ranks=1, slices=1, ranks_per_node=1)
@@ -65,7 +65,7 @@ def work_of(shape: LayerShape, plan: ExecutionPlan, workload: Workload) -> float
 
     Buffers are computed whole; "recompute" computes the first product once more.
     """
-    rows = int(counts_on_wire(workload.rows_PE, plan, workload.capacity).sum())
+    rows = int(computed_rows(shape, plan, workload).sum())
     return rows * 3 * shape.flops_per_row * extra_work(shape, plan) / RATE
 
 
