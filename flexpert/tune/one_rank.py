@@ -11,7 +11,6 @@ from torch import nn
 from flexpert.core.plan import ExecutionPlan
 from flexpert.parallel.grid import RankGrid
 from flexpert.parallel.group import Group
-from flexpert.parallel.predict import counts_on_wire
 from flexpert.transport import LocalTransport
 
 from .shape import LayerShape
@@ -65,7 +64,7 @@ def work_of(shape: LayerShape, plan: ExecutionPlan, workload: Workload) -> float
 
     Buffers are computed whole; "recompute" computes the first product once more.
     """
-    rows = int(counts_on_wire(workload.rows_PE, plan, workload.capacity).sum())
+    rows = int(computed_rows(shape, plan, workload).sum())
     return rows * 3 * shape.flops_per_row * extra_work(shape, plan) / RATE
 
 
