@@ -14,6 +14,7 @@ from flexpert.parallel.group import Group
 from flexpert.transport import LocalTransport
 
 from .shape import LayerShape
+from .volumes import computed_rows
 from .workload import Workload
 
 ALONE = RankGrid(replicas=1, expert_ranks=1, slices=1, ranks_per_node=1)
