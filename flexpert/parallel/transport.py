@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexpert import ops
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError
 from flexpert.core.plan import AnyPlan, ExecutionPlan, check_plan
@@ -105,7 +106,8 @@ class ExpertParallel:
             segment = rows_ND if size == len(rows_ND) else rows_ND[first_row : first_row + size]
             first_row += size
             call = Call(self, f"{self.name}.{name}" if name else self.name, bank, plan)
-            parts.append(call(segment, own, capacity))
+            with ops.wanting(plan.kernel):
+                parts.append(call(segment, own, capacity))
         if first_row < len(rows_ND):
             parts.append(parts[0].new_zeros(len(rows_ND) - first_row, experts.output_dim))
         rows_NO = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].dtype) for part in parts])

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flexpert import InputError, MoE, MoEConfig
+from flexpert import InputError, MoE, MoEConfig, ops
+from flexpert.parallel import ExecutionPlan, expert_mesh, parallelize
 from flexpert.parallel.bound import rows_with
 from flexpert.parallel.call import places
 from flexpert.parallel.meeting import by_rank
+from flexpert.testing import run_ranks
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 0], [4, 4, 4], [1]])
@@ -45,3 +47,23 @@ class SimpleRows(torch.nn.Module):
 
     def forward(self, *args):
         return self.bank.rows(*args)
+
+
+def kernels_of_plans():
+    layer = parallelize(MoE(MoEConfig(model_dim=4, hidden_dim=6, num_experts=4, top_k=2)), expert_mesh(4))
+    seen, rows = [], layer.experts.rows
+
+    def watched(*args):
+        seen.append(ops.wanted_kernel())
+        return rows(*args)
+
+    layer.experts.rows = watched
+    for plan in (ExecutionPlan(r=0), ExecutionPlan(r=0, kernel="portable"), ExecutionPlan(kernel="native")):
+        layer(torch.randn(6, 4), plan=plan)
+    return seen, ops.wanted_kernel()
+
+
+def test_the_kernel_of_a_plan_is_wanted_on_every_rank():
+    for seen, after in run_ranks(kernels_of_plans, 2):
+        assert seen == ["auto", "portable", "native"]
+        assert after == "auto"
