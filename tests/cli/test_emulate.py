@@ -135,6 +135,7 @@ def test_nothing_is_left_after_a_signal(number: signal.Signals, status: int, tmp
     fifo = tmp_path / "control"
 
     def command() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         words = ["emulate", "--nodes", "2", "--ranks", "2", "--bandwidth", "1gbit", "--control", str(fifo)]
         sys.exit(main([*words, "--", "sleep", word]))
 
@@ -143,7 +144,7 @@ def test_nothing_is_left_after_a_signal(number: signal.Signals, status: int, tmp
     wait_for(lambda: sleeping(word) == 4 and fifo.exists())
     assert process.pid is not None
     os.kill(process.pid, number)
-    process.join()
+    process.join(60)
     assert process.exitcode == status
     wait_for(lambda: sleeping(word) == 0)
     assert fifo.exists() == (number == signal.SIGKILL)
