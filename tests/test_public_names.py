@@ -55,6 +55,8 @@ NAMES = {
     "flexpert.experts": [
         "ConstantExperts",
         "CopyExperts",
+        "DropoutGLUExperts",
+        "DropoutMLPExperts",
         "ExpertBank",
         "ExpertBatch",
         "GLUExperts",

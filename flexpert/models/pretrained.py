@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from flexpert.core.errors import CheckpointError
 from flexpert.layer import MoE
 
 
-class MoEPreTrained(ABC):
+class MoEPreTrained(metaclass=ABCMeta):  # DDP and FSDP cannot exchange the class of an heir of ABC
     """Mixin before a `PreTrainedModel`; models give `card` and `weighted_balance_loss`.
 
     Attributes:

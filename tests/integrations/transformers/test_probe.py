@@ -188,7 +188,8 @@ def test_padding_is_neither_counted_nor_weighed():
 def test_the_decoder_of_a_pair_has_a_mask_of_its_own():
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 8, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
     sizes |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4}
-    model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**sizes, vocab_size=50))
+    config = SwitchTransformersConfig(**sizes, vocab_size=50, decoder_start_token_id=0)
+    model = SwitchTransformersForConditionalGeneration(config)
     ids = torch.randint(2, 50, (2, 6))
     masks = {"attention_mask": torch.ones_like(ids), "decoder_attention_mask": torch.ones_like(ids)}
     masks["attention_mask"][1, 4:] = 0
