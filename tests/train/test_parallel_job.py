@@ -62,7 +62,7 @@ def test_ranks_train_as_one_process_does(tiny_fashion_mnist: Path, settings: lis
         run = Path(result["run"])
         assert losses(run) == pytest.approx(losses(alone["run"]), rel=TOLERANCE), more
         line = read_metrics(run)[-1]
-        assert line["plan"] == f"{plan} algorithm=linear capacity=ragged codec=none"
+        assert line["plan"] == f"{plan} algorithm=linear capacity=ragged codec=none kernel=auto"
         assert line["bytes_inside"] > 0 == line["bytes_between"]
         saved = load_file(run / "model" / "model.safetensors")
         assert saved.keys() == weights.keys()
