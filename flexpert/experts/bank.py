@@ -80,6 +80,10 @@ class ExpertBank(nn.Module):
         """Gather, experts and weighted sum in one: (T, O) in x's dtype; only where `has_fused`."""
         raise TypeError(f"{type(self).__name__} has no fused path")
 
+    def routed(self, x_TD: Tensor, choice: ops.TokenChoice) -> Tensor | None:
+        """What `fused` gives for the routing of `choice`, in x's dtype; None where no operator has both."""
+        return None
+
     def rows(self, x_RD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None = None) -> Tensor:
         """Results (R, O) in place: row unit_N[i] of x is computed by the expert that row i belongs to.
 
