@@ -154,7 +154,7 @@ class MoE(nn.Module):
         context = self.transport.complete(context)
         losses = {name: term(routing, context) for name, term in self.losses.items()}
         info = MoEInfo(losses=losses, stats=measure(routing, context), routing=routing)
-        if recording:
+        if scope is not None and recording:
             scope.record(info)
         return (y, info) if return_info else y
 
@@ -181,7 +181,7 @@ class MoE(nn.Module):
             raise InputError(f"x has shape {tuple(x.shape)}; expected (..., model_dim={dim})")
         if not x.is_floating_point():
             raise InputError(f"x has dtype {x.dtype}; expected a floating dtype (convert with x.float())")
-        own = (weight for weight in self.router._parameters.values() if weight is not None)  # quicker than all
+        own = (weight for weight in self.router._parameters.values() if weight is not None)
         parameter = next(own, None)
         if parameter is None:
             parameter = next(self.parameters(), None)

@@ -97,8 +97,10 @@ class _Handle:
 
     def __init__(self, context: RoutingContext | None, plan: AnyPlan | None, outer: Any) -> None:
         self.outer = outer if isinstance(outer, _Handle) else None
-        self.context = self.outer.context if context is None and self.outer is not None else context
-        self.plan = self.outer.plan if plan is None and self.outer is not None else plan
+        self.context, self.plan = context, plan
+        if self.outer is not None:
+            self.context = self.outer.context if context is None else context
+            self.plan = self.outer.plan if plan is None else plan
         self.calls: list[MoEInfo] = []
         self.had_inner_context = False
 

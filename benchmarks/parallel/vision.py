@@ -31,6 +31,7 @@ PLANS = {
     "r=0": ExecutionPlan(r=0),
     "r=1 degree=1": ExecutionPlan(r=1),
     "r=1 degree=2": ExecutionPlan(r=1, degree=2),
+    "r=1 padded": ExecutionPlan(r=1, capacity="padded"),
 }
 
 

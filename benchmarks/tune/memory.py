@@ -25,6 +25,8 @@ PLANS = (
     ExecutionPlan(r=1, capacity="padded"),
 )
 DIMS = ((512, 640, 6144, False), (256, 768, 5120, True))
+# Numbers of mallopt's options: the threshold of mmap, and nothing kept at the top of the heap.
+MALLOC = {-3: 32 * 1024, -2: 0, -1: 0}
 CASES = [(plan, dims) for plan in PLANS for dims in DIMS]
 ALONE = [CASES.index((ExecutionPlan(r=1), dims)) for dims in DIMS]  # that one rank can run, too
 
@@ -39,7 +41,9 @@ def peak_of_step(case: int) -> dict[str, Any]:
     """MiB of parameters, gradients, moments and a step at its peak, in a process that did nothing before."""
     # Every tensor worth counting has pages of its own, which return when it is freed; those that the
     # operators keep for the next call would be counted although the system may take them.
-    ctypes.CDLL(None).mallopt(-3, 32 * 1024)
+    for option, value in MALLOC.items():
+        ctypes.CDLL(None).mallopt(option, value)
+    ctypes.CDLL(None).malloc_trim(0)
     reuse._enabled = False
     plan, (model_dim, hidden_dim, tokens, gated) = CASES[case]
     mesh = expert_mesh(2, ranks_per_node=2)

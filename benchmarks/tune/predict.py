@@ -11,22 +11,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.parallel.timing import interleaved
 from flexpert import MoE, MoEConfig
 from flexpert.bench.machine import machine_facts
 from flexpert.emulate import Cluster
 from flexpert.parallel import ExecutionPlan, ExpertMesh, expert_mesh, parallelize
-from flexpert.tune import LayerShape, Machine, Workload, predict
+from flexpert.tune import LayerShape, Machine, Workload, candidates, predict
 from flexpert.tune.calibrate import calibrate
 
 from .memory import ALONE, CASES, peak_of_step
@@ -38,24 +39,27 @@ CLUSTERS = (
     {"nodes": 2, "ranks": 2, "bandwidth": "1gbit", "latency": "100us"},
     {"nodes": 2, "ranks": 4, "bandwidth": "500mbit", "latency": "200us"},
 )
-LAYERS = (
+LAYERS: tuple[dict[str, Any], ...] = (
     {"experts": 4, "model_dim": 192, "hidden_dim": 768, "replicas": 1},
     {"experts": 8, "model_dim": 256, "hidden_dim": 512, "replicas": 1},
+    # Not looked at while the model was made.
+    {
+        "experts": 8,
+        "model_dim": 320,
+        "hidden_dim": 320,
+        "replicas": 1,
+        "slices": 2,
+        "expert": "glu",
+        "loads": 2,
+    },
 )
 # Tokens of a rank, and how far from even the router sends them.
 LOADS = ((48, 0.0), (384, 2.0), (1280, 0.0))
 
 
-def plans_for(mesh: ExpertMesh) -> list[ExecutionPlan]:
-    """Every r; of the others each value, though not every combination."""
-    plans = [ExecutionPlan(r=0)]
-    for r in mesh.legal_r[1:]:
-        plans += [
-            ExecutionPlan(r=r, degree=degree, algorithm=algorithm)
-            for degree, algorithm in ((1, "linear"), (1, "2dh"), (2, "linear"), (4, "linear"), (4, "2dh"))
-        ]
-        plans.append(ExecutionPlan(r=r, capacity="padded"))
-    return plans
+def plans_for(shape: LayerShape) -> list[ExecutionPlan]:
+    """All that the tuner may choose; of padded ones two degrees."""
+    return [plan for plan in candidates(shape) if plan.capacity == "ragged" or plan.degree in (1, 4)]
 
 
 def on_rank(local: int, repeats: int) -> dict[str, Any]:
@@ -65,12 +69,13 @@ def on_rank(local: int, repeats: int) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     rows = []
     for settings in LAYERS:
-        mesh = expert_mesh(settings["experts"], replicas=settings["replicas"], ranks_per_node=local)
+        places = {key: settings.get(key) for key in ("replicas", "slices")}
+        mesh = expert_mesh(settings["experts"], ranks_per_node=local, **places)
         torch.manual_seed(0)
-        dims = {key: settings[key] for key in ("model_dim", "hidden_dim")}
+        dims = {key: settings[key] for key in ("model_dim", "hidden_dim", "expert") if key in settings}
         layer = MoE(MoEConfig(num_experts=settings["experts"], **dims))
         parallelize(layer, mesh)
-        for tokens, skew in LOADS:
+        for tokens, skew in LOADS[: settings.get("loads")]:
             rows += measure(layer, mesh, machine, tokens, skew, repeats)
     return {"machine": machine.to_json(), "seconds": seconds, "rows": [_plain(row) for row in rows]}
 
@@ -88,9 +93,9 @@ def measure(
         layer(x, plan=plan).sum().backward()
         layer.zero_grad(set_to_none=True)
 
-    plans = plans_for(mesh)
-    figures = interleaved({str(i): (lambda plan=plan: call(plan)) for i, plan in enumerate(plans)}, repeats)
     shape = LayerShape.of(mesh, layer.experts)
+    plans = plans_for(shape)
+    times = in_turns([lambda plan=plan: call(plan) for plan in plans], repeats)
     routing = layer(x, return_info=True)[1].routing
     rows_PE = torch.empty(mesh.whole.size, mesh.num_experts, dtype=torch.int64)
     mesh.whole.all_gather(rows_PE.view(-1), routing.counts_E.contiguous())
@@ -106,12 +111,11 @@ def measure(
         cost = predict(shape, plan, workload, machine)
         rows.append(
             {
-                "layer": f"E {mesh.num_experts} S {mesh.slices}",
+                "layer": f"E {mesh.num_experts} S {mesh.slices}{' gated' if shape.gated else ''}",
                 "load": f"{tokens} tokens{', skewed' if skew else ''}",
                 "plan": plan.to_dict(),
-                "measured_ms": figures[str(i)]["median_ms"],
-                "least_ms": figures[str(i)]["min_ms"],
-                "compute_ms": figures[str(i)]["compute_ms"],
+                "measured_ms": statistics.median(times[i]),
+                "times_ms": times[i],
                 "predicted_ms": 1e3 * cost.seconds,
                 "parts_ms": {name: 1e3 * value for name, value in cost.parts.items()},
                 "bytes_measured": most.tolist(),
@@ -125,11 +129,52 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(row))
 
 
-def kendall(measured: list[float], predicted: list[float]) -> float:
-    """Tau-a: pairs in the same order less those in the other, over all pairs."""
-    pairs = list(itertools.combinations(range(len(measured)), 2))
-    signs = [(measured[i] - measured[j]) * (predicted[i] - predicted[j]) for i, j in pairs]
-    return sum((s > 0) - (s < 0) for s in signs) / len(pairs)
+def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
+    """Milliseconds of each call, one of each in turn; the slowest rank counts, the first round does not."""
+    times: list[list[float]] = [[] for _ in calls]
+    for repeat in range(repeats + 1):
+        for place, call in enumerate(calls):
+            dist.barrier()
+            began = time.perf_counter()
+            call()
+            took = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            if repeat:
+                times[place].append(1e3 * float(took))
+    return times
+
+
+def kendall(measured: Sequence[float], predicted: Sequence[float], least: Sequence[float] = ()) -> float:
+    """Tau-a: pairs in the same order less those in the other, over all pairs.
+
+    Args:
+        measured, predicted: of each plan.
+        least: standard errors of `measured`; pairs within two of their difference are left out. None: all.
+    """
+    signs = []
+    for i, j in itertools.combinations(range(len(measured)), 2):
+        if least and abs(measured[i] - measured[j]) <= 2 * math.hypot(least[i], least[j]):
+            continue
+        signs.append((measured[i] - measured[j]) * (predicted[i] - predicted[j]))
+    return sum((s > 0) - (s < 0) for s in signs) / max(len(signs), 1)
+
+
+def standard_error(times: Sequence[float]) -> float:
+    """Of their median, from their median deviation: outliers do not count."""
+    middle = statistics.median(times)
+    deviation = 1.4826 * statistics.median(abs(t - middle) for t in times)
+    return 1.2533 * deviation / math.sqrt(len(times))
+
+
+def repeatability(times: Sequence[Sequence[float]]) -> float:
+    """Tau between medians of one half of the repeats and of the other, the mean over all halves."""
+    number = len(times[0])
+    found = []
+    for half in itertools.combinations(range(number), number // 2):
+        rest = [i for i in range(number) if i not in half]
+        pair = [[statistics.median(t[i] for i in places) for t in times] for places in (half, rest)]
+        found.append(kendall(*pair))
+    return statistics.mean(found)
 
 
 def summary(cluster: str, rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -139,6 +184,7 @@ def summary(cluster: str, rows: list[dict[str, Any]]) -> list[list[str]]:
         part = [row for row in rows if (row["layer"], row["load"]) == key]
         errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in part]
         measured, predicted = ([row[name] for row in part] for name in ("measured_ms", "predicted_ms"))
+        times = [row["times_ms"] for row in part]
         chosen = measured[predicted.index(min(predicted))]
         exact = all(row["bytes_measured"] == row["bytes_predicted"] for row in part)
         lines.append(
@@ -150,6 +196,8 @@ def summary(cluster: str, rows: list[dict[str, Any]]) -> list[list[str]]:
                 f"{statistics.median(errors):.0%}",
                 f"{max(errors):.0%}",
                 f"{kendall(measured, predicted):.2f}",
+                f"{kendall(measured, predicted, [standard_error(t) for t in times]):.2f}",
+                f"{repeatability(times):.2f}",
                 f"{chosen / min(measured):.2f}",
                 "exact" if exact else "WRONG",
             ]
@@ -160,7 +208,7 @@ def summary(cluster: str, rows: list[dict[str, Any]]) -> list[list[str]]:
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", type=int, nargs="*", help="of the clusters, from 0")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "predict")
@@ -203,20 +251,21 @@ def write(
 ) -> None:
     """JSON with all, Markdown with the tables; printed as well."""
     errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
-    taus = [float(line[7]) for line in lines]
+    taus, apart, repeated = ([float(line[i]) for line in lines] for i in (7, 8, 9))
     off = [abs(row["predicted_mib"] / row["measured_mib"] - 1) for row in memory]
     exact = all(row["bytes_measured"] == row["bytes_predicted"] for row in rows)
-    middle, tau = statistics.median(errors or [0]), statistics.mean(taus or [0])
+    middle = statistics.median(errors or [0])
     words = (
-        f"{len(rows)} plans in {len(lines)} loads: median error of a step's time {middle:.0%}, Kendall's tau "
-        f"of the plans of a load {tau:.2f} in the mean ({min(taus, default=0):.2f} to "
-        f"{max(taus, default=0):.2f}), bytes {'exact' if exact else 'WRONG'}, memory off by "
-        f"{max(off, default=0):.1%} at most. Milliseconds are medians, forward and backward, the slowest "
+        f"{len(rows)} plans in {len(lines)} loads. Median error of a step's time: {middle:.0%}. Kendall's "
+        f"tau of the plans of a load, mean (least to most): {_mean(taus)}; of pairs that measurements tell "
+        f"apart (by two standard errors): {_mean(apart)}; between one half of them and the other half, "
+        f"what can be asked for: {_mean(repeated)}. Bytes {'exact' if exact else 'WRONG'}, memory off "
+        f"by {max(off, default=0):.1%} at most. Milliseconds are medians, forward and backward, the slowest "
         f"rank counts. Chosen / best: the measured time of the plan that is predicted to be best, over that "
         f"of the best."
     )
     header = ["cluster", "layer", "load", "plans", "measured ms", "median error", "largest", "tau",
-              "chosen / best", "bytes"]  # fmt: skip
+              "tau, told apart", "tau, repeated", "chosen / best", "bytes"]  # fmt: skip
     table = _table(header, lines)
     header = ["plan", "tokens", "measured MiB", "predicted MiB", "error"]
     sizes = [
@@ -237,6 +286,10 @@ def write(
     output.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text, flush=True)
+
+
+def _mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
 
 
 def _table(header: list[str], lines: list[list[str]]) -> str:

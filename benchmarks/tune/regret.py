@@ -3,19 +3,20 @@
     python -m benchmarks.tune.regret
 
 The workload goes through its phases several times: tokens rise, top-k is switched, the capacity factor moves
-from 1 to 8. In each phase the tuned run takes its steps; then, in turns with it, all plans of the comparison
-take theirs on the same tokens. From these come the best plan of each phase in hindsight and the static plans'
-total times.
+from 1 to 8. In each phase blocks of steps of the tuned run take turns with rounds of all static plans on the
+same kind of tokens; `hindsight` makes of them the best plan of each phase and the static plans' totals.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from flexpert import MoE, MoEConfig, RoutingContext
 from flexpert.bench.machine import machine_facts
 from flexpert.emulate import Cluster
 from flexpert.parallel import ExecutionPlan, expert_mesh, parallelize
-from flexpert.tune import Machine, Tuner, TunerSettings, attach, cost_of
+from flexpert.tune import Tuner, TunerSettings, attach, cost_of
 from flexpert.tune.calibrate import calibrate
 from flexpert.tune.search import describe
+
+from .hindsight import Hindsight
 
 RESULTS = Path(__file__).parent / "results"
 D, F, EXPERTS = 256, 256, 4
@@ -107,43 +110,59 @@ def on_rank(passes: int, steps: int, repeats: int) -> dict[str, Any]:
     run = Steps()
     tuner = Tuner(cost_of(machine), TunerSettings())
     attach(run.layer, tuner)
-    tuned: list[list[float]] = []
-    ran: list[list[str]] = []
-    static: list[dict[str, list[float]]] = [{describe(plan): [] for plan in STATIC} for _ in PHASES]
-    seed = 0
-    for _ in range(passes):
-        for number, phase in enumerate(PHASES):
-            times, plans = [], []
-            dist.barrier()
-            for _ in range(steps):
-                seed += 1
-                begin = time.perf_counter()
-                with tuner.step():
-                    run.run(phase, None, seed)
-                times.append(time.perf_counter() - begin)
-                plans.append(tuner.describe_plans())
-            if dist.get_rank() == 0:
-                print(f"{phase}: {sum(times):.2f} s", file=sys.stderr, flush=True)
-            tuned.append(_mean_over_ranks(times))
-            ran.append(plans)
-            for plan in STATIC:
-                dist.barrier()
-                times = []
-                for _ in range(repeats + 1):  # the first one after a switch warms up
-                    seed += 1
-                    begin = time.perf_counter()
-                    run.run(phase, plan, seed)
-                    times.append(time.perf_counter() - begin)
-                static[number][describe(plan)] += _mean_over_ranks(times)[1:]
+    seeds = itertools.count(1)
+    blocks: list[dict[str, Any]] = []
+    rounds: list[dict[str, Any]] = []
+    for turn, (number, phase), half in itertools.product(range(passes), enumerate(PHASES), (0, 1)):
+        place = {"turn": turn, "phase": number, "half": half}
+        blocks.append(place | tuned_block(run, tuner, phase, steps // 2, seeds))
+        seconds = {describe(plan): static_steps(run, phase, plan, repeats // 2, seeds) for plan in STATIC}
+        rounds.append(place | {"seconds": seconds})
+        if dist.get_rank() == 0 and half:
+            print(turn, phase, f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return {
         "calibration_seconds": calibrated,
         "machine": machine.to_dict(),
-        "tuned": tuned,
-        "plans": ran,
-        "static": static,
+        "blocks": blocks,
+        "rounds": rounds,
         "report": tuner.report(),
         "seconds": time.perf_counter() - began,
     }
+
+
+def tuned_block(
+    run: Steps, tuner: Tuner, phase: Phase, steps: int, seeds: Iterator[int]
+) -> dict[str, list[Any]]:
+    """Steps that the tuner chooses for: seconds, plans, and which were trials.
+
+    As with static plans, a first step that switches back from other plans is not counted.
+    """
+    run.run(phase, next(iter(tuner.plans.values())), next(seeds))
+    dist.barrier()
+    times, plans, trials = [], [], []
+    for _ in range(steps):
+        tried, seed = tuner.trials, next(seeds)
+        begin = time.perf_counter()
+        with tuner.step():
+            run.run(phase, None, seed)
+        times.append(time.perf_counter() - begin)
+        plans.append(tuner.describe_plans())
+        trials.append(tuner.trials - tried)
+    return {"seconds": _mean_over_ranks(times), "plans": plans, "trials": trials}
+
+
+def static_steps(
+    run: Steps, phase: Phase, plan: ExecutionPlan, repeats: int, seeds: Iterator[int]
+) -> list[float]:
+    """Seconds of steps with one plan, without the first."""
+    dist.barrier()
+    times = []
+    for _ in range(repeats + 1):
+        seed = next(seeds)
+        begin = time.perf_counter()
+        run.run(phase, plan, seed)
+        times.append(time.perf_counter() - begin)
+    return _mean_over_ranks(times)[1:]
 
 
 def _mean_over_ranks(times: list[float]) -> list[float]:
@@ -152,87 +171,81 @@ def _mean_over_ranks(times: list[float]) -> list[float]:
     return (total / dist.get_world_size()).tolist()
 
 
-def evaluate(found: dict[str, Any], passes: int, steps: int) -> dict[str, Any]:
-    """Total times: tuned, best plan of each phase in hindsight, best and worst static plan."""
-    medians = [{plan: statistics.median(t) for plan, t in phase.items()} for phase in found["static"]]
-    for number, phase in enumerate(medians):  # a plan that only the tuner ran counts as well
-        own: dict[str, list[float]] = {}
-        for turn in range(passes):
-            place = turn * len(PHASES) + number
-            for plan, seconds in zip(found["plans"][place], found["tuned"][place], strict=True):
-                own.setdefault(plan, []).append(seconds)
-        for plan, times in own.items():
-            if plan not in phase and len(times) >= 5:
-                phase[plan] = statistics.median(times)
-    best = [min(phase.values()) for phase in medians]
-    names = [describe(plan) for plan in STATIC]
-    totals = {plan: sum(phase[plan] for phase in medians) * steps for plan in names}
-    by_pass = [
-        sum(map(sum, found["tuned"][turn * len(PHASES) : (turn + 1) * len(PHASES)])) for turn in range(passes)
-    ]
-    ideal = sum(best) * steps
-    fixed = sorted(totals, key=lambda plan: totals[plan])
-    warm = sum(by_pass[1:]) / (passes - 1)
+def evaluate(found: dict[str, Any], passes: int) -> dict[str, Any]:
+    """The tuned run against hindsight and static plans: of all passes, and without the first one."""
+    hindsight = Hindsight(found)
+    whole = hindsight.over(range(passes))
+    warm = hindsight.over(range(1, passes))
     return {
-        "medians": medians,
-        "hindsight": ideal,
-        "passes": by_pass,
-        "regret_by_pass": [total / ideal - 1 for total in by_pass],
-        "regret_after_warm_up": warm / ideal - 1,
-        "regret_of_all": sum(by_pass) / passes / ideal - 1,
-        "static": totals,
-        "best_static": fixed[0],
-        "worst_static": fixed[-1],
-        "over_best_static": totals[fixed[0]] / (sum(by_pass) / passes),
-        "worst_over_tuned": totals[fixed[-1]] / (sum(by_pass) / passes),
+        "all": whole,
+        "after_warm_up": warm,
+        "passes": [hindsight.over([turn]) for turn in range(passes)],
+        "phases": [
+            {
+                "times": hindsight.times(phase, range(passes)),
+                "best": hindsight.best(phase, range(passes)),
+                "last_plan": statistics.mode(s.plan for s in hindsight.steps(phase, [passes - 1])),
+            }
+            for phase in hindsight.phases
+        ],
     }
 
 
-def text_of(result: dict[str, Any], found: dict[str, Any], steps: int, mode: str) -> str:
+def text_of(result: dict[str, Any], found: dict[str, Any], mode: str) -> str:
     """The tables, as Markdown."""
     command = shlex.join(["python", "-m", "benchmarks.tune.regret", *sys.argv[1:]])
-    passes = len(result["passes"])
-    report = found["report"]
+    report, whole, warm = found["report"], result["all"], result["after_warm_up"]
+    static = list(warm["static"].items())
+    trials = [sum(sum(b["trials"]) for b in found["blocks"] if b["turn"] == t) for t in
+              range(len(result["passes"]))]  # fmt: skip
+    compared = sum(len(times) for r in found["rounds"] for times in r["seconds"].values())
     lines = [
         f"`{command}`",
         "",
         f"One layer, {EXPERTS} experts of {D} x {F}, forward, backward and optimiser, on {CLUSTER['nodes']} "
-        f"nodes of {CLUSTER['ranks']} ranks, {CLUSTER['bandwidth']}, {CLUSTER['latency']} ({mode}). "
-        f"{len(PHASES)} phases of {steps} steps, {passes} times; in turns with them the static plans on "
-        f"the same kind of tokens. Seconds of one pass. All ranks share two cores. Calibration took "
-        f"{found['calibration_seconds']:.1f} s, once, and is not counted.",
+        f"nodes of {CLUSTER['ranks']} ranks, {CLUSTER['bandwidth']}, {CLUSTER['latency']} ({mode}); all "
+        f"ranks share two cores. {len(result['passes'])} passes through {len(PHASES)} phases, "
+        f"{whole['steps']} steps of the tuned run, {compared} "
+        f"of static plans in turns with them. The best plan of a phase is chosen by other steps than those "
+        f"that tell its time; a step of more than twice its plan's median counts as twice it. Calibration "
+        f"took {found['calibration_seconds']:.1f} s, once, and is not counted.",
         "",
-        "| | seconds | over hindsight |",
-        "|---|---|---|",
-        f"| best plan of each phase, in hindsight | {result['hindsight']:.2f} | |",
+        "| | ms a step | over hindsight | of it the tuner's own time | trials |",
+        "|---|---|---|---|---|",
     ]
-    for number, seconds in enumerate(result["passes"], 1):
-        over = result["regret_by_pass"][number - 1]
-        lines.append(f"| tuned, pass {number} | {seconds:.2f} | {100 * over:+.1f} % |")
-    mean = sum(result["passes"]) / passes
-    lines += [
-        f"| tuned, after the first pass | {sum(result['passes'][1:]) / (passes - 1):.2f} "
-        f"| {100 * result['regret_after_warm_up']:+.1f} % |",
-        f"| tuned, all passes | {mean:.2f} | {100 * result['regret_of_all']:+.1f} % |",
-    ]
-    for plan, seconds in sorted(result["static"].items(), key=lambda item: item[1]):
-        over = seconds / result["hindsight"] - 1
-        lines.append(f"| static: {plan} | {seconds:.2f} | {100 * over:+.1f} % |")
+    for name, figures, number in (
+        *((f"pass {i}", figures, trials[i - 1]) for i, figures in enumerate(result["passes"], 1)),
+        ("after the first pass", warm, sum(trials[1:])),
+        ("all, warm-up counted", whole, sum(trials)),
+    ):
+        lines.append(
+            f"| tuned, {name} | {1e3 * figures['tuned'] / figures['steps']:.1f} "
+            f"| {figures['regret']:+.1%} | {figures['of_the_tuner_itself']:+.1%} | {number} |"
+        )
+    ideal = ("best plan of each phase, in hindsight", warm["hindsight"])
+    for name, seconds in (ideal, *((f"static: {plan}", seconds) for plan, seconds in static)):
+        lines.append(
+            f"| {name} | {1e3 * seconds / warm['steps']:.1f} | {seconds / warm['hindsight'] - 1:+.1%} | | |"
+        )
     lines += [
         "",
-        f"Trials: {report['trials']} of {report['steps']} steps ({100 * report['share']:.0f} %), in "
+        "Hindsight and static plans: of the passes after the first.",
+        "",
+        f"Trials: {report['trials']} of {report['steps']} steps ({report['share']:.0%}), in "
         f"{len(report['buckets'])} buckets; the worst plan tried was predicted to take "
         f"{max(b['worst_tried'] for b in report['buckets']):.2f} times the best.",
         "",
-        "| phase: tokens, top-k, capacity factor | best | ms | tuned run's plan at the end | worst ms |",
-        "|---|---|---|---|---|",
+        "| phase: tokens, top-k, capacity factor | best | ms | tuned run's plan in the last pass | its ms "
+        "| worst ms |",
+        "|---|---|---|---|---|---|",
     ]
-    for number, (phase, medians) in enumerate(zip(PHASES, result["medians"], strict=True)):
-        best = min(medians, key=lambda plan: medians[plan])
-        last = found["plans"][(passes - 1) * len(PHASES) + number]
+    for phase, found_ in zip(PHASES, result["phases"], strict=True):
+        times, last = found_["times"], found_["last_plan"]
+        best = min(times, key=lambda plan: times[plan])
+        own = f"{1e3 * times[last]:.0f}" if last in times else ""
         lines.append(
-            f"| {phase.tokens}, {phase.top_k}, {phase.capacity_factor:g} | {best} "
-            f"| {1e3 * medians[best]:.0f} | {statistics.mode(last)} | {1e3 * max(medians.values()):.0f} |"
+            f"| {phase.tokens}, {phase.top_k}, {phase.capacity_factor:g} | {best} | {1e3 * times[best]:.0f} "
+            f"| {last} | {own} | {1e3 * max(times.values()):.0f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -240,20 +253,21 @@ def text_of(result: dict[str, Any], found: dict[str, Any], steps: int, mode: str
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--passes", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=12, help="of the tuned run in each phase of a pass")
-    parser.add_argument("--repeats", type=int, default=2, help="of each static plan in each phase of a pass")
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40, help="of the tuned run in each phase of a pass")
+    parser.add_argument("--repeats", type=int, default=4, help="of each static plan in each phase of a pass")
     parser.add_argument("--name", default="regret")
     options = parser.parse_args()
+    facts = machine_facts()  # builds the native library before ranks compete for the processors
     with Cluster(**CLUSTER) as cluster:
-        found = cluster.run(on_rank, options.passes, options.steps, options.repeats, timeout=1800)[0]
+        limits = {"timeout": 3600.0, "collective_timeout": 600.0}
+        found = cluster.run(on_rank, options.passes, options.steps, options.repeats, **limits)[0]
         mode = cluster.mode
-    Machine.from_dict(found["machine"])
-    result = evaluate(found, options.passes, options.steps)
-    text = text_of(result, found, options.steps, mode)
+    result = evaluate(found, options.passes)
+    text = text_of(result, found, mode)
     print(text, flush=True)
     RESULTS.mkdir(exist_ok=True)
-    data = {"machine": machine_facts(), "phases": [vars(p) for p in PHASES], **result, "measured": found}
+    data = {"machine": facts, "phases": [vars(p) for p in PHASES], **result, "measured": found}
     (RESULTS / f"{options.name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     (RESULTS / f"{options.name}.md").write_text(text, encoding="utf-8")
 

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--copies", type=int, metavar="G", help="granular: copies of the MLP")
     add("--pieces", type=int, metavar="k", help="granular: pieces of each copy")
     add("--shared", type=int, metavar="N", help="importance: width of the shared expert, in experts (1)")
+    add("--shared-ratio", type=float, metavar="SHARE", help="importance: share of the neurons that is shared")
     add("--router", choices=("random", "zero"), help="initial rows of the router")
     add("--redraw", type=float, metavar="SHARE", help="clone: of each copy's neurons, drawn anew")
     add("--perturb", type=float, metavar="SHARE", help="clone: noise, of the weights' deviation")
@@ -94,8 +95,8 @@ def _plan(options: argparse.Namespace) -> Callable[[Any], Any]:
     given = {
         name: value
         for name in (
-            "experts", "top_k", "copies", "pieces", "shared", "router", "redraw", "perturb", "calibration",
-            "how", "keep",
+            "experts", "top_k", "copies", "pieces", "shared", "shared_ratio", "router", "redraw", "perturb",
+            "calibration", "how", "keep",
         )
         if (value := getattr(options, name)) is not None
     }  # fmt: skip
@@ -132,7 +133,7 @@ _ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "clone": (("experts",), ("top_k", "router", "redraw", "perturb")),
     "granular": (("copies", "pieces"), ("router",)),
     "slice": (("experts",), ("top_k", "router")),
-    "importance": (("experts", "calibration"), ("top_k", "shared", "router")),
+    "importance": (("experts", "calibration"), ("top_k", "shared", "shared_ratio", "router")),
     "dense": ((), ("how", "keep")),
     "grow": (("experts",), ("top_k",)),
     "extract": (("keep",), ("top_k",)),

@@ -15,8 +15,9 @@ from flexpert.layer import MoE
 from .bank import Stats, load_of, read_bank, read_shared
 from .conversion import compare, describe_layer, update_structure
 from .dense import DenseMLP, average, join, stack, write_linear
+from .described import described_layers
 from .layouts import Choice
-from .report import ConversionReport, LayerReport, Sizes, measure_layer, measure_model, rounding
+from .report import ConversionReport, LayerReport, Sizes, measure_layer, measure_model, same_outputs
 from .structure import Layer, get_structure, has_config, moe_layers, put
 
 WAYS = ("mean", "usage", "keep")
@@ -53,6 +54,11 @@ def to_dense(
         ConfigError: no layer is named, or its experts are no equal MLPs.
         CheckpointError: the experts do not fit the dense model.
     """
+    if described := described_layers(model):
+        raise ConfigError(
+            f"{next(iter(described))} is described by the config of {type(model).__name__}, which has no "
+            f"dense form; extract(model, '*', [i], top_k=1) keeps one expert"
+        )
     if how not in WAYS:
         raise ConfigError(f"how={how!r}: expected one of {', '.join(WAYS)}")
     named = moe_layers(model, layers)
@@ -83,14 +89,6 @@ def to_dense(
         after=update_structure(model, rest),
         layers=reports,
     )
-
-
-def same_outputs(reports: dict[str, LayerReport], model: nn.Module) -> str | None:
-    """None where all differences are rounding; else what is to be said."""
-    worst = max(report.difference for report in reports.values())
-    if worst <= rounding(next(model.parameters()).dtype):
-        return None
-    return f"a layer's outputs differ by {worst:.1e} of the largest"
 
 
 def _merge(name: str, layer: Layer, moe: MoE, how: str, stats: Stats | None, keep: int) -> DenseMLP:
@@ -148,6 +146,7 @@ def _as_module(mlp: DenseMLP) -> SharedExpert:
             output_dim=mlp.output_dim,
             activation=mlp.activation,
             bias=mlp.expert_bias,
+            dropout=mlp.dropout,
         )
     module.load_state_dict({f"expert.{name}": t for name, t in stack([mlp]).items()}, assign=True)
     return module

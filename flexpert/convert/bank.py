@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexpert.core.errors import ConfigError, InputError
 from flexpert.core.stats import RoutingStats, merge_stats
-from flexpert.experts import MLPExperts, SharedExpert
+from flexpert.experts import DropoutMLPExperts, MLPExperts, SharedExpert
 from flexpert.layer import MoE
 
 from .dense import DenseMLP
@@ -32,11 +34,13 @@ def read_bank(bank: Any, name: str) -> list[DenseMLP]:
     assert w1 is not None
     assert w2 is not None
 
+    dropout = bank.dropout if isinstance(bank, DropoutMLPExperts) else 0.0
+
     def of(tensor: Tensor | None, expert: int) -> Tensor | None:
         return None if tensor is None else tensor[expert]
 
     return [
-        DenseMLP(w1=w1[e], b1=of(b1, e), w2=w2[e], b2=of(b2, e), activation=bank.activation)
+        DenseMLP(w1=w1[e], b1=of(b1, e), w2=w2[e], b2=of(b2, e), activation=bank.activation, dropout=dropout)
         for e in range(bank.num_experts)
     ]
 
@@ -53,7 +57,7 @@ def read_shared(layer: MoE, name: str) -> DenseMLP | None:
         raise ConfigError(
             f"{name} has a shared expert that is gated or of another kind; a dense MLP cannot hold it"
         )
-    return read_bank(layer.shared.expert, name)[0]
+    return dataclasses.replace(read_bank(layer.shared.expert, name)[0], dropout=layer.shared.dropout)
 
 
 def load_of(name: str, num_experts: int, stats: Stats | None) -> list[float]:
@@ -79,3 +83,23 @@ def load_of(name: str, num_experts: int, stats: Stats | None) -> list[float]:
             f"{num_experts}"
         )
     return [float(load) for load in load_E]
+
+
+def add_noise(weight_EP: Tensor, index: list[int], pieces: int, noise: float, seed: int) -> Tensor:
+    """The rows of a router with noise on those of copies, one for all pieces of a copy.
+
+    Args:
+        weight_EP: the rows.
+        index: which of the old rows each of them is.
+        pieces: experts that are one copy.
+        noise: as a share of the standard deviation of the rows.
+        seed: of the noise.
+    """
+    copies = [place for place, source in enumerate(index) if source in index[:place]]
+    if not noise or not copies:
+        return weight_EP
+    shape = (len(index) // pieces, weight_EP.shape[1])
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).repeat_interleave(pieces, 0)
+    changed = weight_EP.clone()
+    changed[copies] += noise * weight_EP.std(correction=0) * drawn.to(weight_EP)[copies]
+    return changed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from flexpert.core.config import MoEConfig
+
 from .report import measure_model
 from .structure import Structure
 
@@ -34,12 +36,17 @@ The `from_pretrained` of transformers would leave the experts out and draw dense
 """
 
 
+def _shared(config: MoEConfig) -> str:
+    width = f" of {config.shared_hidden_dim}" if config.shared_hidden_dim else ""
+    return f"{config.num_shared_experts}{width}"
+
+
 def conversion_card(model: nn.Module, structure: Structure, *, built_from_config: bool) -> str:
     """The text of the card, in the form the Hugging Face hub reads."""
     sizes = measure_model(model)
     rows = [
         f"| {name} | {layer.method} | {layer.moe.num_experts} of {layer.moe.hidden_dim} | {layer.moe.top_k} "
-        f"| {layer.moe.num_shared_experts} |"
+        f"| {_shared(layer.moe)} |"
         for name, layer in structure.layers.items()
     ]
     return _TEMPLATE.format(

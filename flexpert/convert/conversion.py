@@ -194,4 +194,5 @@ def _why_not_exact(method: Method, plans: Mapping[str, Layer]) -> str | None:
 def describe_layer(config: MoEConfig) -> str:
     """The kind of a layer in a few words."""
     shared = f" + {config.num_shared_experts} shared" if config.num_shared_experts else ""
+    shared += f" of {config.shared_hidden_dim}" if config.shared_hidden_dim else ""
     return f"{config.num_experts} experts of {config.hidden_dim}, top-{config.top_k}{shared}"

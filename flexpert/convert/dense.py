@@ -27,6 +27,7 @@ class DenseMLP:
         w2: (O, F).
         b2: (O,) or None.
         activation: name; see `flexpert.ops.activations`.
+        dropout: on the hidden layer, in training; a call here drops nothing.
     """
 
     w1: Tensor
@@ -34,6 +35,7 @@ class DenseMLP:
     w2: Tensor
     b2: Tensor | None
     activation: str
+    dropout: float = 0.0
 
     @property
     def gated(self) -> bool:

@@ -7,6 +7,7 @@ formula with these weights gives what the module gives, in fp64.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,8 +112,9 @@ def read_mlp(name: str, module: nn.Module, model: nn.Module) -> tuple[Place, Den
             dropout=trace.dropout_after(named[last][0].rpartition(".")[2]),
         )
         dense = read_place(model, place, "identity")
-        if (act := _matching(dense, trace)) is not None:
-            return place, act
+        if (found := _matching(dense, trace)) is not None:
+            dropout = trace.dropout_before(named[last][0].rpartition(".")[2])
+            return place, dataclasses.replace(found, dropout=dropout)
     raise UnknownError(f"it has {describe(module)}, and computes something else than an MLP of them")
 
 
@@ -153,31 +155,42 @@ class _Trace:
 
     x: Tensor
     y: Tensor
-    calls: list[tuple[str, nn.Module]]
+    calls: list[tuple[str, nn.Module, Tensor]]
 
-    def dropout_after(self, last: str) -> float:
-        """The dropout of the output.
+    def _end(self, last: str) -> int:
+        names = [name for name, _, _ in self.calls]
+        return names.index(last) if last in names else 0
+
+    def dropout_before(self, last: str) -> float:
+        """The dropout of the hidden layer: several are one, of the share that any of them drops.
 
         Raises:
-            UnknownError: there is dropout before the output layer, which experts have not.
+            UnknownError: something else is dropped before the output layer, such as the MLP's input.
         """
-        names = [name for name, _ in self.calls]
-        end = names.index(last) if last in names else 0
-        rates = [m.p if isinstance(m, nn.Dropout) else 0.0 for _, m in self.calls]
-        if any(rates[:end]):
-            raise UnknownError(
-                f"it has dropout {max(rates[:end])} before its output layer, and experts have none; set its "
-                f"p to 0 before converting"
-            )
-        return max(rates[end:], default=0.0)
+        end, rate = self._end(last), 0.0
+        for _, module, given in self.calls[:end]:
+            if isinstance(module, nn.Dropout) and module.p:
+                hidden = self.calls[end][2]
+                if given.shape != hidden.shape or not torch.equal(given, hidden):
+                    raise UnknownError(
+                        f"it has dropout {module.p} of something else than its hidden layer, and experts "
+                        f"have none; set its p to 0 before converting"
+                    )
+                rate += module.p - rate * module.p
+        return rate
+
+    def dropout_after(self, last: str) -> float:
+        """The dropout of the output."""
+        after = self.calls[self._end(last) :]
+        return max((module.p for _, module, _ in after if isinstance(module, nn.Dropout)), default=0.0)
 
 
 def _run(module: nn.Module, width: int) -> _Trace:
     twin = copy.deepcopy(module).to("cpu", torch.float64).eval()
-    calls: list[tuple[str, nn.Module]] = []
+    calls: list[tuple[str, nn.Module, Tensor]] = []
 
     def note(name: str) -> Any:
-        return lambda part, *_: calls.append((name, part))
+        return lambda part, given: calls.append((name, part, given[0] if given else torch.empty(0)))
 
     for name, part in twin.named_children():
         part.register_forward_pre_hook(note(name))
@@ -206,4 +219,4 @@ def _matching(dense: DenseMLP, trace: _Trace) -> DenseMLP | None:
     best = min(errors, key=errors.__getitem__, default=None)
     if best is None or not errors[best] < 1e-5:  # modules may compute in fp32 inside
         return None
-    return DenseMLP(w1=dense.w1, b1=dense.b1, w2=dense.w2, b2=dense.b2, activation=best)
+    return dataclasses.replace(dense, activation=best)

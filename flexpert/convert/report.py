@@ -77,6 +77,14 @@ class LayerReport:
     difference: float
 
 
+def same_outputs(reports: Mapping[str, LayerReport], model: nn.Module) -> str | None:
+    """None where all differences are rounding; else what is to be said."""
+    worst = max(report.difference for report in reports.values())
+    if worst <= rounding(next(model.parameters()).dtype):
+        return None
+    return f"a layer's outputs differ by {worst:.1e} of the largest"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
     """What a conversion did; `print` it, or write `to_dict()` as JSON.

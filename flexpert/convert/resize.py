@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flexpert.core.config import MoEConfig, require_number
 from flexpert.core.errors import ConfigError, FlexpertError
@@ -15,12 +15,12 @@ from flexpert.core.seeding import derive_seed
 from flexpert.layer import MoE
 from flexpert.routers import CosineRouter, LinearRouter
 
-from .back import same_outputs
-from .bank import Stats, load_of, read_bank
+from .bank import Stats, add_noise, load_of, read_bank
 from .conversion import build_layer, compare, describe_layer, update_structure
+from .described import described_layers, resize_described
 from .layouts import Choice
 from .methods import METHODS
-from .report import ConversionReport, LayerReport, measure_layer, measure_model
+from .report import ConversionReport, LayerReport, measure_layer, measure_model, same_outputs
 from .structure import Layer, get_structure, moe_layers
 
 _ROWS = ("weight", "noise_weight", "selection_bias")  # of a router, a row for each expert
@@ -42,8 +42,9 @@ def grow(
     grow by the same factor under renormalised weights. Otherwise the report has the difference.
 
     Args:
-        model: a converted model, or one without a config of its own.
-        layers: which layers; see `to_dense`.
+        model: a converted model, one without a config of its own, or one whose config has the number of
+            experts and whose experts are stacked tensors (Mixtral, Qwen3-MoE, `flexpert.models`).
+        layers: which layers; see `to_dense`. "*" where the config has one number for all.
         num_experts: E afterwards.
         top_k: K afterwards; None for as it is.
         stats: copy the most used first, such as `routing_scope(model).stats`; None: in order.
@@ -55,6 +56,16 @@ def grow(
         ConfigError: no layer is named, E does not become larger, or all experts are slices of one MLP.
     """
     require_number("noise", noise, least=0)
+    if described_layers(model):
+
+        def copies(name: str, old: int) -> list[int]:
+            if num_experts <= old:
+                raise ConfigError(f"num_experts={num_experts}: {name} has {old}; expected more")
+            load = load_of(name, old, stats) if stats is not None else [0.0] * old
+            order = sorted(range(old), key=lambda expert: -load[expert])
+            return [*range(old), *(order[i % old] for i in range(num_experts - old))]
+
+        return resize_described(model, layers, copies, top_k=top_k, noise=noise, seed=seed, method="grow")
 
     def sources(name: str, layer: Layer, moe: MoE) -> tuple[list[int], int]:
         size, old = layer.pieces, moe.experts.num_experts
@@ -89,8 +100,9 @@ def extract(
     """Keep some experts of MoE layers and drop the others, in place.
 
     Args:
-        model: a converted model, or one without a config of its own.
-        layers: which layers; see `to_dense`.
+        model: a converted model, one without a config of its own, or one whose config has the number of
+            experts and whose experts are stacked tensors (Mixtral, Qwen3-MoE, `flexpert.models`).
+        layers: which layers; see `to_dense`. "*" where the config has one number for all.
         experts: their indices, or how many of the most used by `stats` to keep (in the order they have).
         top_k: K afterwards; None for as it is, or as many as are left.
         stats: for a number of experts, such as `routing_scope(model).stats`.
@@ -99,11 +111,14 @@ def extract(
         ConfigError: no layer is named, an index there is not, or a part of a copy.
     """
 
-    def sources(name: str, layer: Layer, moe: MoE) -> tuple[list[int], int]:
-        count = moe.experts.num_experts
+    def choose(name: str, count: int) -> list[int]:
         chosen = _most_used(name, count, experts, stats) if isinstance(experts, int) else list(experts)
         if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(count)):
             raise ConfigError(f"experts={experts!r}: expected different indices in 0..{count - 1} of {name}")
+        return chosen
+
+    def sources(name: str, layer: Layer, moe: MoE) -> tuple[list[int], int]:
+        chosen = choose(name, moe.experts.num_experts)
         size = layer.pieces
         if layer.method in METHODS and METHODS[layer.method].one_copy:
             return chosen, len(chosen)
@@ -112,6 +127,8 @@ def extract(
             raise ConfigError(f"experts={chosen}: {name} has copies of {size} pieces each; keep whole copies")
         return chosen, size
 
+    if described_layers(model):
+        return resize_described(model, layers, choose, top_k=top_k, noise=0.0, seed=0, method="extract")
     return _resize(model, layers, sources, top_k, 0.0, 0, "extract")
 
 
@@ -191,20 +208,8 @@ def _set_router(new: MoE, moe: MoE, index: list[int], pieces: int, noise: float,
     state = moe.router.state_dict()
     rows = torch.tensor(index, device=state["weight"].device)
     state |= {name: tensor.index_select(0, rows) for name, tensor in state.items() if name in _ROWS}
-    state["weight"] = _add_noise(state["weight"], index, pieces, noise, seed)
+    state["weight"] = add_noise(state["weight"], index, pieces, noise, seed)
     new.router.load_state_dict(state)
-
-
-def _add_noise(weight_EP: Tensor, index: list[int], pieces: int, noise: float, seed: int) -> Tensor:
-    """With noise on the rows of copies, one for all pieces of a copy."""
-    copies = [place for place, source in enumerate(index) if source in index[:place]]
-    if not noise or not copies:
-        return weight_EP
-    shape = (len(index) // pieces, weight_EP.shape[1])
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).repeat_interleave(pieces, 0)
-    changed = weight_EP.clone()
-    changed[copies] += noise * weight_EP.std(correction=0) * drawn.to(weight_EP)[copies]
-    return changed
 
 
 def _take_over(moe: MoE, new: MoE) -> None:

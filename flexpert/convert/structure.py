@@ -43,7 +43,10 @@ class Layer:
         """Plain data; `from_dict` is its inverse."""
         place = {**dataclasses.asdict(self.place)}
         place |= {name: list(place[name]) for name in ("first", "identities")}
-        return {"place": place, "moe": self.moe.to_dict(), "method": self.method, "pieces": self.pieces}
+        moe = self.moe.to_dict()
+        if moe["shared_hidden_dim"] is None:  # a field younger than the format: older files have no such key
+            del moe["shared_hidden_dim"]
+        return {"place": place, "moe": moe, "method": self.method, "pieces": self.pieces}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Layer:

@@ -55,7 +55,8 @@ class MoEConfig:
         batch_prioritized: tokens of higher gate score take their places first (Riquelme et al., arXiv
             2106.05974, section 4) instead of in order of arrival.
         combine: name of the combine rule or a dict with options; see `flexpert.combine`.
-        num_shared_experts: experts of hidden_dim each that every token visits.
+        num_shared_experts: experts that every token visits.
+        shared_hidden_dim: width of each shared expert's hidden layer; None means hidden_dim.
         shared_gate: weigh the shared experts' output by sigmoid(x . g).
         losses: names (or dicts with options) of the loss terms to compute; see `flexpert.losses`.
     """
@@ -74,6 +75,7 @@ class MoEConfig:
     batch_prioritized: bool = False
     combine: Spec = "sum"
     num_shared_experts: int = 0
+    shared_hidden_dim: int | None = None
     shared_gate: bool = False
     losses: Sequence[Spec] = ("balance",)
 
@@ -93,6 +95,13 @@ class MoEConfig:
             raise ConfigError(
                 "shared_gate=True needs num_shared_experts >= 1; there is no shared expert to gate"
             )
+        if self.shared_hidden_dim is not None:
+            require_int("shared_hidden_dim", self.shared_hidden_dim, least=1)
+            if not self.num_shared_experts:
+                raise ConfigError(
+                    f"shared_hidden_dim={self.shared_hidden_dim} needs num_shared_experts >= 1; there is no "
+                    f"shared expert"
+                )
         split_spec(self.router, "router")
         split_spec(self.combine, "combine")
         _check_specs("losses", self.losses)

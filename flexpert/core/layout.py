@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParamLayout:
@@ -18,3 +21,24 @@ class ParamLayout:
 
     slice_dim: int | None
     once: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Where a tensor of one expert lies in a stacked tensor (E, P), whose row e has all there is of expert e.
+
+    Attributes:
+        stacked: the name of the stacked tensor in the bank.
+        expert: the row.
+        start: the first element in the row.
+        shape: of the expert's tensor.
+    """
+
+    stacked: str
+    expert: int
+    start: int
+    shape: torch.Size
+
+    def of(self, row_P: Tensor) -> Tensor:
+        """The expert's tensor, a view of the row."""
+        return row_P[self.start : self.start + self.shape.numel()].view(self.shape)

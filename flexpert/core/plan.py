@@ -13,7 +13,9 @@ from .registry import check_options
 ALGORITHMS = ("linear", "2dh")
 CAPACITY_MODES = ("ragged", "padded")
 CODECS = ("none", "bf16", "fp8")
+KERNELS = ("auto", "native", "grouped_mm", "portable", "recompute", "separate")
 MAX_DEGREE = 8
+_OPTIONS = {"algorithm": ALGORITHMS, "capacity": CAPACITY_MODES, "codec": CODECS, "kernel": KERNELS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,10 @@ class ExecutionPlan:
             large as the fullest one may be, so that no count travels ahead of the rows.
         codec: how rows are written on the wire: "none" as they are, "bf16", or "fp8" (e4m3 with one scale per
             row). Others than "none" round.
+        kernel: what computes the experts: "auto", the first backend of `flexpert.ops` that can; "native",
+            "grouped_mm" or "portable", that backend where it can; "recompute", as "auto", with the hidden
+            layer computed again in backward; "separate", gather, products and combine as operators of their
+            own. They differ in rounding alone.
 
     Raises:
         ConfigError: a value that no mesh can run.
@@ -44,6 +50,7 @@ class ExecutionPlan:
     algorithm: str = "linear"
     capacity: str = "ragged"
     codec: str = "none"
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         for name, least, most in (("r", 0, None), ("degree", 1, MAX_DEGREE)):
@@ -52,7 +59,7 @@ class ExecutionPlan:
             if not valid or (most is not None and value > most):
                 bound = f"{least}..{most}" if most is not None else f">= {least}"
                 raise ConfigError(f"plan: {name}={value!r}, expected an integer {bound}")
-        for name, options in (("algorithm", ALGORITHMS), ("capacity", CAPACITY_MODES), ("codec", CODECS)):
+        for name, options in _OPTIONS.items():
             if getattr(self, name) not in options:
                 raise ConfigError(
                     f"plan: {name}={getattr(self, name)!r}, expected one of {', '.join(options)}"
@@ -74,20 +81,15 @@ class ExecutionPlan:
 
     def encode(self) -> list[int]:
         """The plan as small integers, for ranks to compare; `decode` is its inverse."""
-        places = (ALGORITHMS, self.algorithm), (CAPACITY_MODES, self.capacity), (CODECS, self.codec)
-        return [self.r, self.degree, *(options.index(value) for options, value in places)]
+        places = (options.index(getattr(self, name)) for name, options in _OPTIONS.items())
+        return [self.r, self.degree, *places]
 
     @classmethod
     def decode(cls, numbers: list[int]) -> ExecutionPlan:
         """The plan of `encode`."""
-        r, degree, algorithm, capacity, codec = numbers
-        return cls(
-            r=r,
-            degree=degree,
-            algorithm=ALGORITHMS[algorithm],
-            capacity=CAPACITY_MODES[capacity],
-            codec=CODECS[codec],
-        )
+        r, degree, *places = numbers
+        chosen = {name: options[i] for (name, options), i in zip(_OPTIONS.items(), places, strict=True)}
+        return cls(r=r, degree=degree, **chosen)
 
 
 AnyPlan = ExecutionPlan | Literal["auto"]  # "auto": the tuner chooses

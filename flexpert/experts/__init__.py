@@ -10,6 +10,7 @@ from flexpert.core.errors import ConfigError
 from flexpert.core.registry import EXPERTS, Spec, check_options, keyword_names, split_spec
 
 from .bank import ExpertBank, ExpertBatch
+from .dropout import DEFAULT_DROPOUT, DropoutGLUExperts, DropoutMLPExperts
 from .mixed import MixedExperts
 from .mlp import GLUExperts, MLPExperts
 from .modules import ModuleExperts
@@ -21,6 +22,8 @@ from .zero_computation import ConstantExperts, CopyExperts, ZeroExperts
 __all__ = [
     "ConstantExperts",
     "CopyExperts",
+    "DropoutGLUExperts",
+    "DropoutMLPExperts",
     "ExpertBank",
     "ExpertBatch",
     "GLUExperts",
@@ -63,16 +66,20 @@ def build_experts(config: MoEConfig) -> ExpertBank:
 
 
 def build_shared(config: MoEConfig) -> SharedExpert | None:
-    """The shared expert of a layer's config: gated where the (first) expert kind is."""
+    """The shared expert of a layer's config: gated, and with dropout, where the (first) expert kind is."""
     if not config.num_shared_experts:
         return None
     first = config.expert if isinstance(config.expert, (str, Mapping)) else config.expert[0]
+    name, options = split_spec(first, "expert")
+    kind = EXPERTS.get(name)
+    drops = isinstance(kind, type) and issubclass(kind, DropoutMLPExperts)
     return SharedExpert(
         count=config.num_shared_experts,
-        gated=split_spec(first, "expert")[0] == "glu",
+        gated=getattr(kind, "gated", False),
         gate=config.shared_gate,
+        dropout=options.get("dropout", DEFAULT_DROPOUT) if drops else 0.0,
         model_dim=config.model_dim,
-        hidden_dim=config.hidden_dim,
+        hidden_dim=config.shared_hidden_dim or config.hidden_dim,
         output_dim=config.output_dim,
         activation=config.activation,
         bias=config.expert_bias,

@@ -5,7 +5,7 @@ Letters: N rows, D model_dim, O output_dim, E logical experts, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flexpert import ops
 from flexpert.core.config import require_int
-from flexpert.core.layout import ParamLayout
+from flexpert.core.layout import ParamLayout, Piece
 from flexpert.core.routing import Routing
 from flexpert.core.seeding import Initial
 
@@ -84,6 +84,18 @@ class ExpertBank(nn.Module):
         """What `fused` gives for the routing of `choice`, in x's dtype; None where no operator has both."""
         return None
 
+    def padded(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """As `fused`, by way of buffers of equal size for every expert, where the bank has such a way."""
+        return self.fused(x_TD, routing)
+
+    def kernels(self, dtype: torch.dtype) -> list[str]:
+        """What a plan's `kernel` may name for rows of a dtype, "auto" first: all that differs in speed."""
+        return ["auto"]
+
+    def pads(self, dtype: torch.dtype) -> bool:
+        """Whether `padded` is another way than `fused` for rows of a dtype."""
+        return False
+
     def rows(self, x_RD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None = None) -> Tensor:
         """Results (R, O) in place: row unit_N[i] of x is computed by the expert that row i belongs to.
 
@@ -99,6 +111,18 @@ class ExpertBank(nn.Module):
 
     def layout(self) -> dict[str, ParamLayout]:
         """How each parameter is cut over ranks; those left out are whole on every rank, as dense ones are."""
+        return {}
+
+    def hold(self, experts: range) -> bool:
+        """Bring tensors that are not stacked into the stacked form of `layout`, for these experts alone.
+
+        Called once, before the bank is laid out over ranks. Returns whether there were any: the stacked
+        tensors then have the rows of these experts only.
+        """
+        return False
+
+    def pieces(self) -> dict[str, Piece]:
+        """After `hold`: where what had a name in the bank's state dict before is now."""
         return {}
 
     def groups(self) -> dict[str, ExpertBank]:
@@ -124,6 +148,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The tensor in that dtype; None stays None."""
     return None if tensor is None else tensor.to(dtype)
+
+
+def with_zero_gradients(y: Tensor, unused: Iterable[Tensor]) -> Tensor:
+    """y, whose backward gives zeros in place of None to tensors that took no part.
+
+    An optimiser treats the two differently, so that an expert without rows would go another way than in a
+    bank whose experts are computed in one operator, or on several ranks.
+    """
+    if not torch.is_grad_enabled():
+        return y
+    empty = [tensor.flatten()[:0] for tensor in unused if tensor.requires_grad]
+    return y + torch.cat(empty).sum().to(y.dtype) if empty else y
 
 
 def slots_of_rows(counts_E: Tensor, slot_E: Tensor | None, num_rows: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -88,5 +89,6 @@ class MixedExperts(ExpertBank):
         """The place of each logical expert in the group; -1 for those of other groups and banks."""
         if slot_E is None:
             slot_E = torch.arange(counts_E.shape[0], device=counts_E.device)
-        start, count = self.starts[name], self.get_submodule(name).num_experts
+        start = self.starts[name]
+        count = cast("ExpertBank", self.get_submodule(name)).num_experts
         return (slot_E - start).where((slot_E >= start) & (slot_E < start + count), -1)

@@ -16,7 +16,8 @@ from flexpert.core.seeding import Constant, Drawn, draw_base, draw_trunc_normal,
 from flexpert.ops.activations import get_activation
 from flexpert.ops.memory import prefer_huge_pages
 
-from .bank import ExpertBatch, autocast_dtype, cast
+from .bank import ExpertBatch, autocast_dtype, cast, weighted_sum
+from .batched import batched_mlp, place_of_rows
 from .packed import PackableBank
 
 
@@ -105,12 +106,20 @@ class MLPExperts(PackableBank):
     def fused(self, x_TD: Tensor, routing: Routing, slot_E: Tensor | None = None) -> Tensor:
         """Gather, experts and weighted sum in one operator; see `ExpertBank.fused`."""
         x = x_TD.to(autocast_dtype(x_TD))
+        if self._wanted() == "separate":
+            rows_ND = ops.gather_rows(x, routing.unit_N, routing.counts_E)
+            batch = ExpertBatch(
+                rows_ND=rows_ND, counts_E=routing.counts_E, unit_N=routing.unit_N, slot_E=slot_E
+            )
+            return weighted_sum(self(batch), routing, x_TD.dtype)
         return self._fused(x, routing.unit_N, routing.weight_N, routing.counts_E, slot_E).to(x_TD.dtype)
 
     def routed(self, x_TD: Tensor, choice: ops.TokenChoice) -> Tensor | None:
         """Routing and `fused` in one operator; see `ExpertBank.routed`."""
         plain = type(self).fused is MLPExperts.fused and "fused" not in vars(self)
-        w1, w2, packed = self._parameters.get("w1"), self._parameters.get("w2"), None
+        w1: Tensor | None = self._parameters.get("w1")
+        w2: Tensor | None = self._parameters.get("w2")
+        packed = None
         if plain and self.is_packed:
             w1, w2, packed = self.packed_w1, self.packed_w2, (self.hidden_dim, self.output_dim)
         if not plain or w1 is None or w2 is None or w1.dtype != x_TD.dtype or not x_TD.is_cpu:
@@ -121,8 +130,33 @@ class MLPExperts(PackableBank):
             x_TD, choice, ops.ExpertMLP(w1, self.b1, w2, self.b2, self.activation, packed=packed)
         )
 
+    def padded(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """As `fused`, by batched products over buffers of equal size; see `ExpertBank.padded`."""
+        x = x_TD.to(autocast_dtype(x_TD))
+        if not self.pads(x.dtype):
+            return self.fused(x_TD, routing)
+        rows_ND = ops.gather_rows(x, routing.unit_N, routing.counts_E)
+        act, weights = get_activation(self.activation), self.weights_in(x.dtype)
+        rows_NO = batched_mlp(rows_ND, *place_of_rows(routing), weights, act, self.gated)
+        return weighted_sum(rows_NO, routing, x_TD.dtype)
+
+    def pads(self, dtype: torch.dtype) -> bool:
+        """See `ExpertBank.pads`; oneDNN's products in half precision mix rows of other widths than tiles."""
+        whole_tiles = self.model_dim % 32 == self.hidden_dim % 32 == 0
+        return not self.is_packed and not self.recompute and (dtype.itemsize != 2 or whole_tiles)
+
+    def kernels(self, dtype: torch.dtype) -> list[str]:
+        """Of this bank's device; see `ExpertBank.kernels`."""
+        if self.is_packed:
+            return ["auto"]
+        _, *others = ops.able("grouped_mlp", self.w1.device.type, dtype)
+        more = [] if self.recompute else ["recompute", "separate"]
+        return ["auto", *others, *more]
+
     def rows(self, x_RD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None = None) -> Tensor:
         """Results in place, in one operator; see `ExpertBank.rows`."""
+        if self._wanted() == "separate":
+            return super().rows(x_RD.to(autocast_dtype(x_RD)), unit_N, counts_E, slot_E)
         return self._fused(x_RD.to(autocast_dtype(x_RD)), unit_N, None, counts_E, slot_E)
 
     def layout(self) -> dict[str, ParamLayout]:
@@ -135,6 +169,10 @@ class MLPExperts(PackableBank):
             layouts["b2"] = ParamLayout(slice_dim=None, once=True)
         return layouts
 
+    def _wanted(self) -> str:
+        """The kernel that the caller wants; a compiled graph computes as usual."""
+        return "auto" if torch.compiler.is_compiling() else ops.wanted_kernel()
+
     def _fused(
         self, x_TD: Tensor, unit_N: Tensor, weight_N: Tensor | None, counts_E: Tensor, slot_E: Tensor | None
     ) -> Tensor:
@@ -145,8 +183,9 @@ class MLPExperts(PackableBank):
             prefer_huge_pages(self.w1)
             prefer_huge_pages(self.w2)
         w1, b1, w2, b2 = self.weights_in(x_TD.dtype)
+        recompute = self.recompute or self._wanted() == "recompute"
         return ops.grouped_mlp(
-            x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, self.activation, self.recompute
+            x_TD, unit_N, weight_N, counts_E, slot_E, w1, b1, w2, b2, self.activation, recompute
         )
 
     def flops_of_experts(self) -> list[int]:

@@ -22,15 +22,25 @@ class SharedExpert(nn.Module):
         count: number of shared experts.
         gated: GLU instead of MLP.
         gate: weigh the result by sigmoid(x . g), as Qwen2-MoE does (arXiv 2407.10671).
+        dropout: on the hidden layer, in training.
         model_dim, hidden_dim, and the rest: as for `MLPExperts`, of one expert.
     """
 
     def __init__(
-        self, *, count: int, gated: bool, gate: bool, model_dim: int, hidden_dim: int, **options: Any
+        self,
+        *,
+        count: int,
+        gated: bool,
+        gate: bool,
+        model_dim: int,
+        hidden_dim: int,
+        dropout: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__()
         require_int("count", count, least=1)
         require_int("hidden_dim", hidden_dim, least=1)
+        self.dropout = dropout
         kind = GLUExperts if gated else MLPExperts
         self.expert = kind(num_experts=1, model_dim=model_dim, hidden_dim=count * hidden_dim, **options)
         self.gate = nn.Linear(model_dim, 1, bias=False) if gate else None
@@ -59,6 +69,7 @@ class SharedExpert(nn.Module):
             hidden = act(gate_TF) * up_TF
         else:
             hidden = act(hidden)
+        hidden = F.dropout(hidden, self.dropout, self.training)
         return F.linear(hidden, w2[0], None if b2 is None else b2[0])
 
     def flops_per_token(self) -> int:

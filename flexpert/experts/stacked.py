@@ -15,7 +15,8 @@ from torch.func import functional_call
 from flexpert.core.errors import ConfigError, InputError
 from flexpert.core.layout import ParamLayout
 
-from .bank import ExpertBank, ExpertBatch
+from .bank import ExpertBank, ExpertBatch, with_zero_gradients
+from .pieces import check_can_be_called
 
 
 class StackedModules(ExpertBank):
@@ -52,6 +53,7 @@ class StackedModules(ExpertBank):
         modules = list(experts)
         if not modules:
             raise ConfigError("experts is empty: give at least one module")
+        check_can_be_called(0, modules[0])
         output_dim = model_dim if output_dim is None else output_dim
         super().__init__(num_experts=len(modules), model_dim=model_dim, output_dim=output_dim)
         _check_equal(modules)
@@ -70,13 +72,14 @@ class StackedModules(ExpertBank):
         tensors = _tensors(self.module)
         buffers = {name: b for name, b in self.module.named_buffers() if not b.is_inference()}
         versions = {name: buffer._version for name, buffer in buffers.items()}
-        parts, start = [], 0
+        parts, called, start = [], False, 0
         for slot, count in zip(slots, counts, strict=True):
             rows = batch.rows_ND[start : start + count]
             start += count
             if count and slot >= 0:
                 own = {name: tensor[slot] for name, tensor in tensors.items()}
                 parts.append(functional_call(self.module, own, (rows,)))
+                called = True
             elif count:
                 parts.append(rows.new_zeros(count, self.output_dim))
         parts.append(batch.rows_ND.new_zeros(batch.rows_ND.shape[0] - start, self.output_dim))
@@ -86,7 +89,8 @@ class StackedModules(ExpertBank):
                     f"experts: a module writes to its buffer {name!r}; a stacked module may only read them "
                     f"(batch norm: call eval(), or build it with track_running_stats=False)"
                 )
-        return torch.cat([part.to(parts[0].dtype) for part in parts])
+        y_NO = torch.cat([part.to(parts[0].dtype) for part in parts])
+        return y_NO if called else with_zero_gradients(y_NO, tensors.values())
 
     def layout(self) -> dict[str, ParamLayout]:
         """How each parameter and buffer is cut over ranks."""

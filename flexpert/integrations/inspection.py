@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -46,8 +47,9 @@ def inspect_model(folder: Path, *, text: Path | None = None, tokens: int = 8192)
 
     quieten_transformers()
     check_text(found, text)
-    with torch.device("meta"):  # before any text and weight is read
-        Routers(class_of(found)(copy.deepcopy(found.config)))
+    if not found.is_converted:
+        with torch.device("meta"):  # before any text and weight is read
+            Routers(class_of(found)(copy.deepcopy(found.config)))
     inputs, source, count = _inputs(found, text, tokens)
     model = load_model(found)
     routers = Routers(model)
@@ -80,14 +82,27 @@ def _inputs(
         return _images(found, tokens)
     ids, source = _token_ids(found, text, tokens)
     limit = getattr(found.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    return _windows(ids, min(LENGTH, limit)), source, len(ids)
+    windows = _windows(ids, min(LENGTH, limit))
+    if "decoder_input_ids" in inspect.signature(class_of(found).forward).parameters:
+        windows = _for_both(windows, found.config)
+    return windows, source, len(ids)
+
+
+def _for_both(windows: Iterator[dict[str, Tensor]], config: Any) -> Iterator[dict[str, Tensor]]:
+    """For a pair of encoder and decoder: the decoder reads the same, one token later."""
+    starts = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    start = next((token for token in starts if token is not None), 0)
+    for window in windows:
+        ids = window["input_ids"]
+        yield {**window, "decoder_input_ids": torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)}
 
 
 def _windows(ids: Tensor, length: int) -> Iterator[dict[str, Tensor]]:
     """Windows without padding: whole ones together, the rest alone."""
     whole = len(ids) // length * length
-    for part in ids[:whole].view(-1, length).split(BATCH):
-        yield {"input_ids": part}
+    if whole:
+        for part in ids[:whole].view(-1, length).split(BATCH):
+            yield {"input_ids": part}
     if whole < len(ids):
         yield {"input_ids": ids[None, whole:]}
 

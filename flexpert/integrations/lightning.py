@@ -16,13 +16,11 @@ except ImportError as error:
     ) from error
 
 from flexpert.core.errors import ConfigError
-from flexpert.core.registry import Spec
-from flexpert.core.stats import RoutingStats
 
-from .upkeep import RoutingUpkeep
+from .upkeep import RoutingUpkeep, UpkeepCallback
 
 
-class MoECallback(Callback):
+class MoECallback(UpkeepCallback, Callback):
     """Keeps the routers of a `LightningModule` in order while a Lightning `Trainer` trains it.
 
     `Trainer(callbacks=[MoECallback()])`. The weighted balance loss is added to what `training_step` returns,
@@ -32,23 +30,13 @@ class MoECallback(Callback):
     or models of transformers, at any depth.
 
     Args:
-        balance_weight: of the mean of the loss over the layers. None: 0.01, or 0 for a model whose routers
-            are all balanced by their bias or that adds its own loss of Flexpert already.
-        loss: name of a loss, or a dict of it and its options; see `flexpert.losses`.
-        bias_rate: what a selection bias moves by in one step; 0 leaves biases alone.
+        settings: the fields of `UpkeepSettings`: balance_weight, loss, bias_rate.
 
     Attributes:
         stats: by layer, of the last step.
     """
 
-    def __init__(
-        self, *, balance_weight: float | None = None, loss: Spec = "balance", bias_rate: float = 0.001
-    ) -> None:
-        super().__init__()
-        self._settings: Any = {"balance_weight": balance_weight, "loss": loss, "bias_rate": bias_rate}
-        self._upkeep: RoutingUpkeep | None = None
-        self._steps = 0
-        self.stats: dict[str, RoutingStats] = {}
+    _steps = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything, then stand around `training_step`.
@@ -57,7 +45,7 @@ class MoECallback(Callback):
             ConfigError: a module without routed experts, or one that does its own backward where there is a
                 loss to add.
         """
-        upkeep = RoutingUpkeep(pl_module, **self._settings)
+        upkeep = RoutingUpkeep(pl_module, self.settings)
         if upkeep.weight and not pl_module.automatic_optimization:
             raise ConfigError(
                 f"{type(pl_module).__name__} has automatic_optimization=False, so no loss can be added to "

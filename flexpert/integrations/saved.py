@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from flexpert.convert import load
 from flexpert.core.errors import CheckpointError, ConfigError
 from flexpert.train.config import TrainConfig
 from flexpert.train.folder import model_folder, stored_config
@@ -35,6 +36,11 @@ class SavedModel:
     def reads_bytes(self) -> bool:
         """Whether its tokens are bytes: a language model of ours with 256 of them."""
         return bool(self.config.model_type == "flexpert_moe_lm" and self.config.vocab_size == 256)
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether `flexpert.convert` made it of a dense model, whose class its config names."""
+        return hasattr(self.config, "flexpert")
 
     @property
     def reads_images(self) -> bool:
@@ -73,6 +79,9 @@ def load_model(found: SavedModel) -> nn.Module:
         ConfigError: its class is not known.
         CheckpointError: weights that are missing, damaged or not safetensors.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if found.is_converted:
+        return load(found.folder).to(device)
     folder, kind = found.folder, class_of(found)
     options = {"local_files_only": True, "use_safetensors": True, "dtype": "auto"}
     try:
@@ -84,7 +93,7 @@ def load_model(found: SavedModel) -> nn.Module:
             f"{folder} lacks {len(missing)} weights of its config, such as {missing[0]}; take "
             f"config.json and weights from the same model"
         )
-    loaded: nn.Module = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded: nn.Module = model.eval().to(device)
     return loaded
 
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError
-from flexpert.core.registry import Spec
+from flexpert.core.registry import LOSSES, Spec, check_options, keyword_names, split_spec
 from flexpert.core.routing import AnyRouting
 from flexpert.core.stats import RoutingStats
 from flexpert.layer import MoE
+from flexpert.losses.common import SCOPES, check_scope
 from flexpert.scope import routing_scope
 
 from .transformers import RouterProbe
@@ -31,30 +32,40 @@ Bias = Callable[[], Tensor]
 class LayerSource:
     """Flexpert's own layers; their losses are those that the layers were configured with.
 
+    Args:
+        model: with the layers.
+        context: for their calls, see `routing_scope`; None leaves them that of a scope around.
+
     Attributes:
         layers: names of the layers, as the model's `named_modules` has them.
         biases: by layer, what returns its selection bias, for those that have one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._scope = routing_scope(model)
-        found = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-        self.layers = list(found)
+    def __init__(self, model: nn.Module, context: RoutingContext | None) -> None:
+        self._model, self._context = model, context
+        self._scope, self._open = routing_scope(model), ExitStack()
+        self._found = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+        self.layers = list(self._found)
         self.biases: dict[str, Bias] = {
             name: partial(_selection_bias, layer)
-            for name, layer in found.items()
+            for name, layer in self._found.items()
             if isinstance(getattr(layer.router, "selection_bias", None), Tensor)
         }
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """A `routing_scope` of this call; it has no context, so backward may come after it."""
-        with routing_scope(self._model) as self._scope:
+        """A `routing_scope` of this call, open until `close`: a recomputation needs its context."""
+        self.close()
+        self._scope = self._open.enter_context(routing_scope(self._model, context=self._context))
+        try:
             yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Nothing: the scope has ended."""
+        """End the scope; what it saw stays."""
+        self._open.close()
 
     @property
     def stats(self) -> dict[Key, RoutingStats]:
@@ -66,13 +77,22 @@ class LayerSource:
         """Of the scope."""
         return self._scope.routings
 
-    def loss(self, spec: Spec) -> Tensor:
-        """The layers' own term of this name."""
+    def check_loss(self, spec: Spec) -> None:
+        """Raise `ConfigError` unless the layers compute a term of this name."""
         if not isinstance(spec, str):
             raise ConfigError(
                 f"loss={spec!r}: options of a loss are set in the layers' own config; give a name"
             )
-        return self._scope.losses[spec]
+        for name, layer in self._found.items():
+            if spec not in layer.losses:
+                raise ConfigError(
+                    f"loss={spec!r}: {name} computes {', '.join(layer.losses) or 'none'}; add it to the "
+                    f"losses in the config of the layer, or give balance_weight=0"
+                )
+
+    def loss(self, spec: Spec) -> Tensor:
+        """The layers' own term of this name."""
+        return self._scope.losses[str(spec)]
 
 
 class ProbeSource:
@@ -111,10 +131,17 @@ class ProbeSource:
         """Of the probe."""
         return {self._named(key): value for key, value in self._probe.routings.items()}
 
+    def check_loss(self, spec: Spec) -> None:
+        """Raise `ConfigError` for a loss that there is not, or options that it has not."""
+        name, options = split_spec(spec, "loss")
+        term = LOSSES.get(name)
+        check_options(f"loss {name!r}", options, keyword_names(term))
+        check_scope(options.get("scope", "micro_batch"), getattr(term, "scopes", SCOPES))
+
     def loss(self, spec: Spec) -> Tensor:
         """Of the probe."""
-        options = {"name": spec} if isinstance(spec, str) else dict(spec)
-        return self._probe.loss(options.pop("name"), **options)
+        name, options = split_spec(spec, "loss")
+        return self._probe.loss(name, **options)
 
     def _named(self, key: Key) -> Key:
         return self._prefix + key[0], key[1]
@@ -158,7 +185,7 @@ class Routers:
 
     Args:
         model: with Flexpert's layers, or models of transformers, at any depth.
-        context: for the losses of transformers' blocks: `all_reduce` for the scope "global".
+        context: for the losses: `all_reduce` for the scope "global".
 
     Raises:
         ConfigError: there are no routed experts, or a router that is not known.
@@ -168,7 +195,8 @@ class Routers:
         context = context or RoutingContext()
         self._sources: list[LayerSource | ProbeSource] = []
         if any(isinstance(module, MoE) for module in model.modules()):
-            self._sources.append(LayerSource(model))
+            # Where nothing is to be summed over ranks, a scope of the user's around it keeps its context.
+            self._sources.append(LayerSource(model, context if context.all_reduce else None))
         hosts = hosts_of(model)
         if not hosts and not self._sources:
             blocks_of(model)  # says what the model has instead
@@ -198,6 +226,11 @@ class Routers:
     def routings(self) -> dict[Key, AnyRouting]:
         """The routing of each call of each layer."""
         return {key: value for source in self._sources for key, value in source.routings.items()}
+
+    def check_loss(self, spec: Spec) -> None:
+        """Raise `ConfigError` for a loss that not all of them have."""
+        for source in self._sources:
+            source.check_loss(spec)
 
     def loss(self, spec: Spec) -> Tensor:
         """A loss term of `flexpert.losses` for each call of each layer, 1-D, unweighted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,50 @@ from .sources import Routers
 DEFAULT_WEIGHT = 0.01
 
 
+@dataclass(frozen=True, kw_only=True)
+class UpkeepSettings:
+    """What is to be done for a model's routers; checked when it is made.
+
+    Attributes:
+        balance_weight: of the mean of the loss over the layers. None: 0.01, or 0 for a model whose routers
+            are all balanced by their bias or that adds its own loss of Flexpert already.
+        loss: name of a loss, or a dict of it and its options; see `flexpert.losses`.
+        bias_rate: what a selection bias moves by in one step; 0 leaves biases alone.
+    """
+
+    balance_weight: float | None = None
+    loss: Spec = "balance"
+    bias_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.balance_weight is not None:
+            require_number("balance_weight", self.balance_weight, least=0)
+        require_number("bias_rate", self.bias_rate, least=0)
+        LOSSES.get(split_spec(self.loss, "loss")[0])
+
+
+class UpkeepCallback:
+    """What the callbacks of all trainers begin with.
+
+    Args:
+        settings: the fields of `UpkeepSettings`: balance_weight, loss, bias_rate.
+
+    Attributes:
+        stats: by layer, of what was logged last.
+
+    Raises:
+        ConfigError: a value out of range, or an unknown loss.
+    """
+
+    def __init__(
+        self, *, balance_weight: float | None = None, loss: Spec = "balance", bias_rate: float = 0.001
+    ) -> None:
+        super().__init__()
+        self.settings = UpkeepSettings(balance_weight=balance_weight, loss=loss, bias_rate=bias_rate)
+        self.stats: dict[str, RoutingStats] = {}
+        self._upkeep: RoutingUpkeep | None = None
+
+
 class RoutingUpkeep:
     """Balance loss, bias step and statistics of a model's routers.
 
@@ -32,35 +77,29 @@ class RoutingUpkeep:
 
     Args:
         model: with Flexpert's layers, or models of transformers, at any depth.
-        balance_weight: of the mean of the loss over the layers. None: 0.01, or 0 for a model whose routers
-            are all balanced by their bias or that adds its own loss of Flexpert already.
-        loss: name of a loss, or a dict of it and its options; see `flexpert.losses`.
-        bias_rate: of the `BiasBalancer` of routers that have a selection bias; 0 leaves the biases alone.
+        settings: what to do.
 
     Raises:
-        ConfigError: there are no routed experts, a value out of range, or a model that adds another balance
-            loss to its own loss.
+        ConfigError: there are no routed experts, they do not compute the loss, or the model adds another
+            balance loss to its own loss.
     """
 
-    def __init__(
-        self, model: nn.Module, *, balance_weight: float | None, loss: Spec, bias_rate: float
-    ) -> None:
-        if balance_weight is not None:
-            require_number("balance_weight", balance_weight, least=0)
-        require_number("bias_rate", bias_rate, least=0)
-        LOSSES.get(split_spec(loss, "loss")[0])
+    def __init__(self, model: nn.Module, settings: UpkeepSettings) -> None:
         self._group = _world()
         context = RoutingContext(all_reduce=None if self._group is None else self._sum_with_gradient)
         self._routers = Routers(model, context)
         self._balancer = None
-        if self._routers.biases and bias_rate:
-            self._balancer = BiasBalancer.of_biases(self._routers.biases, rate=bias_rate)
-        self.weight = self._weight(model, balance_weight, bias_rate)
-        self._loss = loss
+        if self._routers.biases and settings.bias_rate:
+            self._balancer = BiasBalancer.of_biases(self._routers.biases, rate=settings.bias_rate)
+        self.weight = self._weight(model, settings)
+        self._loss = settings.loss
+        if self.weight:
+            self._routers.check_loss(self._loss)
         self._terms: list[Tensor] = []
         self._stats: dict[str, RoutingStats] = {}
 
-    def _weight(self, model: nn.Module, given: float | None, bias_rate: float) -> float:
+    def _weight(self, model: nn.Module, settings: UpkeepSettings) -> float:
+        given = settings.balance_weight
         own = own_loss(model, given != 0)
         if own and given:
             raise ConfigError(
@@ -69,7 +108,7 @@ class RoutingUpkeep:
             )
         if given is not None:
             return float(given)
-        by_bias = bool(bias_rate) and self._routers.biases.keys() >= set(self._routers.layers)
+        by_bias = bool(settings.bias_rate) and self._routers.biases.keys() >= set(self._routers.layers)
         return 0.0 if own or by_bias else DEFAULT_WEIGHT
 
     @contextmanager
@@ -109,9 +148,9 @@ class RoutingUpkeep:
     def figures(self) -> tuple[dict[str, Tensor], dict[str, RoutingStats]]:
         """What was observed since the last time, on all ranks: scalars by name, and statistics by layer.
 
-        The names are `routing/balance_loss` (unweighted, of this rank), `routing/max_violation` (of the worst
-        layer), `routing/entropy`, `routing/drop_rate`, and the last three for each layer,
-        `routing/<layer>/...`. Nothing where nothing was observed.
+        The names are `routing/balance_loss` (unweighted; of this rank, unless its scope is "global"),
+        `routing/max_violation` (of the worst layer), `routing/entropy`, `routing/drop_rate`, and the last
+        three for each layer, `routing/<layer>/...`. Nothing where nothing was observed.
         """
         stats = self._stats if self._group is None else reduce_stats(self._stats, self._sum)
         figures = routing_figures(stats, self._terms)

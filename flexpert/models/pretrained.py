@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from flexpert.core.errors import CheckpointError
 from flexpert.layer import MoE
 
 
-class MoEPreTrained:
-    """Mixin before a `PreTrainedModel`; models give `card()`.
+class MoEPreTrained(ABC):
+    """Mixin before a `PreTrainedModel`; models give `card` and `weighted_balance_loss`.
 
     Attributes:
         fresh_head: the first part of the names of weights that `ignore_mismatched_sizes=True` may draw anew.
@@ -22,13 +23,13 @@ class MoEPreTrained:
 
     fresh_head: str | None = None
 
+    @abstractmethod
     def card(self) -> str:
         """The text of the model card, in the form the Hugging Face hub reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weighted_balance_loss(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The balance loss as it enters the loss; losses by name, each 1-D over the MoE layers."""
-        raise NotImplementedError
 
     def with_balance_loss(self, output: Any, terms: Mapping[str, Tensor], return_dict: bool | None) -> Any:
         """A model's output with `aux_loss` set and in `loss`, as the model's `forward` returns it.

@@ -18,8 +18,6 @@ from flexpert.core.errors import ConfigError
 from flexpert.core.registry import Spec, check_options, keyword_names, split_spec, suggest
 from flexpert.losses import build_losses
 
-from . import dropout_experts  # noqa: F401  (registers "mlp_dropout")
-
 
 @strict
 class SwinV2MoEConfig(Swinv2Config):

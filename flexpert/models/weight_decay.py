@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from flexpert.experts import MLPExperts
+from flexpert.experts import MLPExperts, ModuleExperts, StackedModules
+from flexpert.experts.pieces import VECTORS
 from flexpert.routers import CosineRouter
 
 # Parts of names: the network that makes position biases ("cpb_mlp" as published), tables of positions, and
@@ -18,7 +19,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
     """Names of the parameters that no optimiser should decay, as in the published code.
 
     They are: vectors and scalars (biases, norms); position biases and tables; temperatures; the experts'
-    biases, which are matrices (E, F) and (E, D) here; all of a cosine router (projector, expert embeddings,
+    vectors, which are matrices (E, F) and (E, D) here; all of a cosine router (projector, expert embeddings,
     temperature).
     """
     names = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
@@ -28,6 +29,10 @@ def no_weight_decay(model: nn.Module) -> set[str]:
             names |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
         elif isinstance(module, MLPExperts):
             names |= {f"{prefix}.{name}" for name, _ in module.named_parameters() if name in ("b1", "b2")}
+        elif isinstance(module, StackedModules):  # (E, ...) of a vector
+            names |= {f"{prefix}.{name}" for name, tensor in module.named_parameters() if tensor.ndim <= 2}
+        elif isinstance(module, ModuleExperts):
+            names |= {f"{prefix}.{n}" for n, _ in module.named_parameters() if n.startswith(f"{VECTORS}_")}
     return names
 
 
@@ -39,7 +44,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         weight_decay: of the first group; the second has 0. Published: 0.1.
     """
     exempt = no_weight_decay(model)
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (others if name in exempt else decayed).append(parameter)

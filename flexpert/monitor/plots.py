@@ -9,7 +9,12 @@ from typing import Any
 from flexpert.core.errors import FlexpertError
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib's pyplot, drawing to files.
+
+    Raises:
+        FlexpertError: matplotlib is not installed.
+    """
     try:
         import matplotlib as mpl
     except ImportError:
@@ -31,7 +36,7 @@ def learning_curve(
         name: of the score in the lines, such as "accuracy"; drawn from 0, and to 1 where it is never more.
         score: on held-out data, drawn as a line where given.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = [line["step"] for line in lines]
     left.plot(steps, [line["loss"] for line in lines], color="tab:blue", label="training loss")
@@ -55,7 +60,7 @@ def load_map(load: Mapping[str, Sequence[float]], path: Path) -> None:
         load: layer name to each expert's share of the rows.
         path: of the picture.
     """
-    plt = _pyplot()
+    plt = pyplot()
     rows = [[share * len(shares) for share in shares] for shares in load.values()]
     width = max(len(row) for row in rows)
     padded = [row + [float("nan")] * (width - len(row)) for row in rows]

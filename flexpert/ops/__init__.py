@@ -20,7 +20,8 @@ from .handles import ExpertMLP, TokenChoice
 from .library_route import OPERATORS
 from .portable_route import SCORINGS
 from .routes import Routes
-from .select import override, report, use_backend
+from .select import able, override, report, use_backend
+from .wanted import wanted_kernel, wanting
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,6 +31,7 @@ __all__ = [
     "ExpertMLP",
     "Routes",
     "TokenChoice",
+    "able",
     "assign",
     "chosen_mlp",
     "gather_rows",
@@ -43,11 +45,11 @@ __all__ = [
     "router_logits",
     "scatter_combine",
     "use_backend",
+    "wanted_kernel",
+    "wanting",
 ]
 
-_gather_rows = OPERATORS.gather_rows.default
 _grouped_linear = OPERATORS.grouped_linear.default
-_scatter_combine = OPERATORS.scatter_combine.default
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -115,7 +117,7 @@ def gather_rows(x_TD: Tensor, unit_N: Tensor, counts_E: Tensor) -> Tensor:
     """rows_ND with row i = x[unit_N[i]], and zeros past counts_E.sum()."""
     if (whole := override()) is not None:
         return whole.gather_rows(x_TD, unit_N, counts_E)
-    return _gather_rows(x_TD, unit_N, counts_E)
+    return _call("gather_rows", x_TD, unit_N, counts_E)
 
 
 def grouped_linear(
@@ -145,7 +147,7 @@ def scatter_combine(
     """
     if (whole := override()) is not None:
         return whole.scatter_combine(rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
-    return _scatter_combine(rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
+    return _call("scatter_combine", rows_NO, unit_N, weight_N, counts_E, num_units, dtype)
 
 
 def grouped_mlp(

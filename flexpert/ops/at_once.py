@@ -16,6 +16,7 @@ from flexpert import ops
 from . import select
 from .calls import is_unwatched
 from .handles import ExpertMLP, TokenChoice
+from .wanted import wanted_kernel
 
 FEW_TOKENS = 64
 
@@ -58,7 +59,9 @@ def _experts(x_TD: Tensor, unit_N: Tensor, weight_N: Tensor, counts_E: Tensor, m
 def _shortcut(name: str, x_TD: Tensor, chosen: tuple[Any, ...], mlp: ExpertMLP) -> Tensor | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not 0 < len(x_TD) <= FEW_TOKENS:
         return None
-    if select.override() is not None or not is_unwatched((x_TD, *chosen, *mlp[:4])):
+    if select.override() is not None or wanted_kernel() != "auto":
+        return None
+    if not is_unwatched((x_TD, *chosen, *mlp[:4])):
         return None
     y_TO: Tensor | None = select.shortcut(name, x_TD.dtype, packed=mlp.packed is not None)(x_TD, chosen, mlp)
     return y_TO

@@ -12,9 +12,12 @@ from .library_route import OPERATORS
 
 _OPERATORS = {
     name: getattr(OPERATORS, name).default
-    for name in ("assign", "grouped_mlp", "grouped_mlp_packed", "route", "router_logits")
-}
-_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, type(None)}
+    for name in (
+        "assign", "gather_rows", "grouped_mlp", "grouped_mlp_packed", "route", "router_logits",
+        "scatter_combine",
+    )
+}  # fmt: skip
+_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, torch.dtype, type(None)}
 
 
 def call(name: str, *args: Any) -> Any:

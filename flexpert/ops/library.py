@@ -16,6 +16,7 @@ from flexpert.core.errors import FlexpertError
 
 from . import select
 from .products import is_transposed, slack
+from .wanted import wanted_kernel, wanting
 
 _SCHEMAS = {
     "assign": "(Tensor key, SymInt num_bins, Tensor? capacity) -> (Tensor, Tensor)",
@@ -279,6 +280,7 @@ def _setup_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     kept = (output[1], None) if save else (None, b1)  # the pre-activation, or what it is computed from
     ctx.save_for_backward(*kept, x, unit, weight, counts, slot, w1, w2, b2)
     ctx.activation = activation
+    ctx.kernel = wanted_kernel()  # what it keeps is its own: backward takes the same one
 
 
 def _backward_mlp(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
@@ -287,11 +289,12 @@ def _backward_mlp(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any,
     pre, b1, x, unit, weight, counts, slot, w1, w2, b2 = ctx.saved_tensors
     need = ctx.needs_input_grad
     needs = [need[0], need[2], need[5], need[6], need[7], need[8]]
-    if pre is None:
-        pre = OPERATORS.grouped_mlp_pre(x, unit, counts, slot, w1, b1)
-    gradients = OPERATORS.grouped_mlp_backward(
-        grad, pre, x, unit, weight, counts, slot, w1, w2, b2, ctx.activation, needs
-    )
+    with wanting(ctx.kernel):
+        if pre is None:
+            pre = OPERATORS.grouped_mlp_pre(x, unit, counts, slot, w1, b1)
+        gradients = OPERATORS.grouped_mlp_backward(
+            grad, pre, x, unit, weight, counts, slot, w1, w2, b2, ctx.activation, needs
+        )
     d_x, d_weight, d_w1, d_b1, d_w2, d_b2 = _given(gradients, needs)
     return d_x, None, d_weight, None, None, d_w1, d_b1, d_w2, d_b2, None, None, None
 

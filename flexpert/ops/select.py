@@ -19,6 +19,7 @@ from flexpert.core.errors import ConfigError, InputError
 from . import grouped, portable, portable_mlp, portable_route, reference
 from .cpu import backend as cpu
 from .cpu.build import native
+from .wanted import wanted_kernel
 
 Kernel = Callable[..., Any]
 
@@ -75,17 +76,17 @@ NATIVE = Backend(name="native", kernels=cpu.KERNELS, verify=cpu.verify, instruct
 # In order of preference: the first that accepts a call runs it.
 BACKENDS: list[Backend] = [NATIVE, GROUPED_MM, PORTABLE]
 
-_live: dict[tuple[str, str, torch.dtype], Kernel] = {}
+_live: dict[tuple[str, str, torch.dtype, str], Kernel] = {}
 _forced: Backend | None = None
 _reference: ModuleType | None = None
 
 
-def _choose(facts: CallFacts) -> tuple[Backend | None, dict[str, str]]:
-    """The backend for such calls; and for every one, why it runs them or does not."""
+def _choose(facts: CallFacts, wanted: str = "auto") -> tuple[Backend | None, dict[str, str]]:
+    """The backend for such calls, the wanted one if it can; and why each runs them or does not."""
     chosen: Backend | None = None
     why: dict[str, str] = {}
     forced = _forced if _forced is not None and facts.operator in _forced.kernels else None
-    for backend in BACKENDS:
+    for backend in sorted(BACKENDS, key=lambda backend: backend.name != wanted):
         if facts.operator not in backend.kernels:
             why[backend.name] = "has no such kernel"
         elif forced is not None and backend is not forced:
@@ -108,13 +109,14 @@ def kernel(operator: str, device: str, dtype: torch.dtype) -> Kernel:
     Raises:
         InputError: no backend accepts them; the message gives each one's reason.
     """
-    found = _live.get((operator, device, dtype))
+    wanted = wanted_kernel()
+    found = _live.get((operator, device, dtype, wanted))
     if found is None:
-        chosen, why = _choose(CallFacts(operator=operator, device=device, dtype=dtype))
+        chosen, why = _choose(CallFacts(operator=operator, device=device, dtype=dtype), wanted)
         if chosen is None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
             raise InputError(f"no backend runs {operator} on {device} in {dtype} ({reasons})")
-        found = _live[operator, device, dtype] = chosen.kernels[operator]
+        found = _live[operator, device, dtype, wanted] = chosen.kernels[operator]
     return found
 
 
@@ -131,7 +133,8 @@ def _no_shortcut(*args: Any) -> None:
 
 def shortcut(name: str, dtype: torch.dtype, *, packed: bool) -> Kernel:
     """The native call for several operators on a CPU, where it would run each; else one that returns None."""
-    found = _live.get((f"{name} packed" if packed else name, "cpu", dtype))
+    key = f"{name} packed" if packed else name, "cpu", dtype, "auto"
+    found = _live.get(key)
     if found is None:
         mlp: dict[str, torch.dtype | None] = {"grouped_mlp_packed" if packed else "grouped_mlp": None}
         parts = _PARTS[name] | mlp
@@ -143,8 +146,14 @@ def shortcut(name: str, dtype: torch.dtype, *, packed: bool) -> Kernel:
         if runs and packed:
             runs = native().instructions(dtype) != "AVX2"  # which unpacks them
         found = cpu.SHORTCUTS[name] if runs else _no_shortcut
-        _live[f"{name} packed" if packed else name, "cpu", dtype] = found
+        _live[key] = found
     return found
+
+
+def able(operator: str, device: str, dtype: torch.dtype) -> list[str]:
+    """The names of the backends that can run such calls, the one that does first."""
+    facts = CallFacts(operator=operator, device=device, dtype=dtype)
+    return [b.name for b in BACKENDS if operator in b.kernels and b.verify(facts) is None]
 
 
 def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:

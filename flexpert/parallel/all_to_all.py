@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from flexpert.core.errors import DistributedError, InputError
 
 from .codec import NONE, Codec
 from .group import Group
-from .splits import Splits, row_totals
+from .splits import Splits
 
 
 class PendingRows:
@@ -38,7 +39,7 @@ class PendingRows:
         if self._finish is not None:
             finish, self._finish = self._finish, None  # it holds buffers
             try:
-                with torch.no_grad():
+                with _without_grad():
                     self._rows = finish()
             except DistributedError as error:
                 self._failure = str(error)
@@ -95,11 +96,12 @@ class AllToAll(ABC):
         if counts_PC.shape[0] != size:
             raise InputError(f"counts_PC has {counts_PC.shape[0]} destinations; the group has {size} ranks")
         message_PV = torch.cat([header_H.expand(size, -1), counts_PC], 1)
-        return self._exchange_messages(message_PV, len(header_H))
+        headers, splits = self.exchange_messages(message_PV, len(header_H))
+        return header_H.new_tensor(headers).view(size, -1), splits
 
     @abstractmethod
-    def _exchange_messages(self, message_PV: Tensor, header: int) -> tuple[Tensor, Splits]:
-        """Headers and splits, from one message for each rank: `header` numbers, then the counts."""
+    def exchange_messages(self, message_PV: Tensor, header: int) -> tuple[list[list[int]], Splits]:
+        """Headers of all ranks, and splits: a message has `header` numbers, then the counts."""
 
     @abstractmethod
     def known(self, matrix_PPC: Tensor) -> Splits:
@@ -137,7 +139,7 @@ class AllToAll(ABC):
             DistributedError: the exchange failed.
         """
         part = splits.chunk(chunk, degree)
-        expected = sum(row_totals(part.received if reverse else part.sent))
+        expected = part.num_received if reverse else part.num_sent
         if rows_ND.shape[0] != expected:
             way = "back" if reverse else "forward"
             raise InputError(
@@ -145,8 +147,10 @@ class AllToAll(ABC):
             )
         if rows_ND.dim() != 2 and codec is not NONE:
             raise InputError(f"codec {codec.name!r} is for rows (N, D); got {tuple(rows_ND.shape)}")
-        with torch.no_grad():
+        with _without_grad():
             arrive = self._start(codec.encode(rows_ND), part, chunk, reverse)
+        if codec is NONE:
+            return PendingRows(arrive)
         dtype, width = rows_ND.dtype, rows_ND.shape[-1]
         return PendingRows(lambda: codec.decode(arrive(), dtype, width))
 
@@ -160,28 +164,37 @@ class Linear(AllToAll):
 
     name = "linear"
 
-    def _exchange_messages(self, message_PV: Tensor, header: int) -> tuple[Tensor, Splits]:
+    def exchange_messages(  # noqa: D102 - as inherited
+        self, message_PV: Tensor, header: int
+    ) -> tuple[list[list[int]], Splits]:
         received_PV = torch.empty_like(message_PV)
-        self.group.all_to_all(received_PV, message_PV)
-        splits = Splits(message_PV[:, header:].tolist(), received_PV[:, header:].tolist())
-        return received_PV[:, :header], splits
+        one_each = [1] * self.group.size
+        self.group.exchange(received_PV, message_PV, one_each, one_each).wait()
+        received = received_PV.tolist()
+        sent = [row[header:] for row in message_PV.tolist()]
+        return [row[:header] for row in received], Splits(sent, [row[header:] for row in received])
 
     def known(self, matrix_PPC: Tensor) -> Splits:  # noqa: D102 - as inherited
         rank = self.group.rank
         return Splits(matrix_PPC[rank].tolist(), matrix_PPC[:, rank].tolist())
 
     def _start(self, wire: Tensor, part: Splits, chunk: int, reverse: bool) -> Callable[[], Tensor]:
-        send, receive = row_totals(part.sent), row_totals(part.received)
+        send, receive, arriving = part.send_rows, part.receive_rows, part.num_received
         if reverse:
-            send, receive = receive, send
-        output = wire.new_empty(sum(receive), *wire.shape[1:])
-        pending = self.group.all_to_all(output, wire, receive, send, async_op=True, chunk=chunk)
+            send, receive, arriving = receive, send, part.num_sent
+        output = wire.new_empty(arriving, *wire.shape[1:])
+        pending = self.group.exchange(output, wire, receive, send, chunk)
 
         def arrive() -> Tensor:
             pending.wait()
             return output
 
         return arrive
+
+
+def _without_grad() -> AbstractContextManager[None]:
+    """`torch.no_grad`, where gradients are recorded at all."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def all_to_all(x_ND: Tensor, algorithm: AllToAll, splits: Splits, codec: Codec = NONE) -> Tensor:

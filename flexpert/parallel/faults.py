@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from flexpert.core.errors import DistributedError
 
+from .calls import call_of
 from .group import Group
 from .mesh import ExpertMesh
 from .pending import failure
@@ -32,7 +33,7 @@ def fault_guard(ranks: ExpertMesh | Group) -> Iterator[None]:
     - An error of this rank alone (out of memory, a bad input) goes on unchanged, and the others are told:
       where they wait for this rank in a collective of Flexpert, they raise soon, not after the timeout.
     - An error of a collective that Flexpert does not call itself (DDP, FSDP, DTensor), a RuntimeError of the
-      backend, is raised as a `DistributedError` that names the lost ranks.
+      backend, is raised as a `DistributedError` that names operation, group and the lost ranks.
 
     Telling needs a heartbeat, see `expert_mesh`. A rank that told an error is out of the run: start it again.
 
@@ -48,8 +49,8 @@ def fault_guard(ranks: ExpertMesh | Group) -> Iterator[None]:
         raise
     except Exception as error:
         if is_of_collective(error):
-            members = ranks.ranks
-            what = f"a collective that PyTorch calls itself (DDP, FSDP, DTensor) on ranks {members} failed"
+            unknown = f"a collective that PyTorch calls itself (DDP, FSDP, DTensor) on ranks {ranks.ranks}"
+            what = f"{call_of(error) or unknown} failed"
             raise failure(what, error, ranks.heartbeat) from error
         if ranks.heartbeat is not None:
             ranks.heartbeat.abort(f"{type(error).__name__}: {error}")

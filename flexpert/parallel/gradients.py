@@ -50,7 +50,10 @@ class GradientSync:
                 torch.autograd.Variable._execution_engine.queue_callback(self._flush)
             self._pending[place] = (parameter, group)
 
+        trained = parameter.requires_grad
+        parameter.requires_grad_(True)  # else it takes no hook, and one may be trained later
         parameter.register_post_accumulate_grad_hook(note)
+        parameter.requires_grad_(trained)
 
     def _flush(self) -> None:
         # In the order of watching, whatever the order of arrival was: the same on every rank.

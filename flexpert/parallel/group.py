@@ -27,9 +27,18 @@ REDUCE = {
     "min": dist.ReduceOp.MIN,
     "avg": dist.ReduceOp.AVG,
 }
+_REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda parts: parts.sum(0, dtype=parts.dtype),
+    "max": lambda parts: parts.amax(0),
+    "min": lambda parts: parts.amin(0),
+    "avg": lambda parts: parts.mean(0),
+}
+SMALL_REDUCE = 4096  # bytes up to which the number of steps decides
 # PyTorch renames these; the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_ASYNC = dist.AllToAllOptions()
+_ASYNC.asyncOp = True
 
 
 class Group:
@@ -74,6 +83,7 @@ class Group:
             raise DistributedError(f"group {name!r}: {len(self.node_of)} nodes given for {self.size} ranks")
         self.rank = 0
         if self.size == 1:
+            self._where = f"group {name!r} (ranks {self.ranks}, this is {self.ranks[0]})"
             self.process_group = None
             return
         if process_group is None:
@@ -86,6 +96,7 @@ class Group:
                 f"group {name!r}: ranks {self.ranks} given with a process group of {actual}"
             )
         self.rank = process_group.rank()
+        self._where = f"group {name!r} (ranks {self.ranks}, this is {self.ranks[self.rank]})"
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, ranks={self.ranks}, rank={self.rank})"
@@ -125,16 +136,32 @@ class Group:
             raise InputError(
                 f"all_to_all: {send[self.rank]} rows to itself, {receive[self.rank]} from itself"
             )
+        pending = self.exchange(output, input, receive, send, chunk)
+        if not async_op:
+            pending.wait()
+        return pending
+
+    def exchange(
+        self,
+        output: Tensor,
+        input: Tensor,  # noqa: A002 - as above
+        receive: list[int],
+        send: list[int],
+        chunk: int | None = None,
+    ) -> Pending:
+        """`all_to_all` with `async_op`, of tensors and splits that are known to fit.
+
+        Raises:
+            DistributedError: the collective could not be started.
+        """
         source = input.detach().contiguous()
         row = source.element_size() * _row_size(source)
         self.traffic.add("all_to_all", [rows * row for rows in send], self.rank, self.node_of)
         return self._run(
             "all_to_all",
             (output, source),
-            lambda pg: dist.all_to_all_single(
-                _bytes(output), _bytes(source), receive, send, group=pg, async_op=True
-            ),
-            async_op,
+            lambda pg: _start_all_to_all(pg, _bytes(output), _bytes(source), receive, send),
+            True,
             chunk,
         )
 
@@ -168,11 +195,26 @@ class Group:
         _check_reducible("reduce_scatter", input, "sum")
         source = input.detach().contiguous()
         self.traffic.add("reduce_scatter", [_num_bytes(output)] * self.size, self.rank, self.node_of)
+        if not source.is_cpu:
+            return self._run(
+                "reduce_scatter",
+                (output, source),
+                lambda pg: _reduce_scatter(output, source, group=pg, async_op=True),
+                async_op,
+            )
+        # Gloo reduces everything on every rank, in twice the bytes, and cuts the result.
+        parts = torch.empty_like(source)
+        even = [output.shape[0]] * self.size
+
+        def add() -> None:
+            torch.sum(parts.view(self.size, *output.shape), 0, dtype=output.dtype, out=output.detach())
+
         return self._run(
             "reduce_scatter",
-            (output, source),
-            lambda pg: _reduce_scatter(output, source, group=pg, async_op=True),
+            (parts, source),
+            lambda pg: _start_all_to_all(pg, parts, source, even, even),
             async_op,
+            finish=add,
         )
 
     def all_reduce(self, tensor: Tensor, op: ReduceName = "sum", async_op: bool = False) -> Pending:
@@ -191,6 +233,8 @@ class Group:
         portions = [(stop - start) * buffer.element_size() for start, stop in pairwise(edges)]
         self.traffic.add("all_reduce", portions, self.rank, self.node_of)
         self.traffic.add("all_reduce", [portions[self.rank]] * self.size, self.rank, self.node_of)
+        if buffer.is_cpu and _num_bytes(buffer) <= SMALL_REDUCE:
+            return self._reduce_at_once(target, buffer, op, async_op)
         finish = None if buffer.data_ptr() == target.data_ptr() else lambda: target.copy_(buffer)
         return self._run(
             "all_reduce",
@@ -198,6 +242,22 @@ class Group:
             lambda pg: dist.all_reduce(buffer, REDUCE[op], group=pg, async_op=True),
             async_op,
             finish=finish,
+        )
+
+    def _reduce_at_once(self, target: Tensor, source: Tensor, op: ReduceName, async_op: bool) -> Pending:
+        """Every rank sends its few numbers to every other: one step, where gloo's ring takes 2 (n - 1)."""
+        own = source.reshape(1, -1).expand(self.size, -1).contiguous()
+        parts, even = torch.empty_like(own), [1] * self.size
+
+        def reduce() -> None:
+            target.copy_(_REDUCED[op](parts).view(target.shape))
+
+        return self._run(
+            "all_reduce",
+            (parts, own),
+            lambda pg: _start_all_to_all(pg, parts, own, even, even),
+            async_op,
+            finish=reduce,
         )
 
     def barrier(self) -> None:
@@ -221,7 +281,7 @@ class Group:
     ) -> Pending:
         """Launch a collective from `buffers[1]` to `buffers[0]`, or copy in a group of one."""
         output, source = buffers
-        label = f"{operation} on group {self.name!r} (ranks {self.ranks}, this is {self.ranks[self.rank]})"
+        label = f"{operation} on {self._where}"
         heartbeat = self.heartbeat or heartbeat_of(self.ranks)
         timeline = active_timeline()
         work, end = None, None
@@ -296,6 +356,15 @@ def _check_reducible(operation: str, tensor: Tensor, op: ReduceName) -> None:
         raise InputError(f"{operation}: op='avg' of {tensor.dtype}; use 'sum', or convert it before")
 
 
+def _start_all_to_all(
+    group: dist.ProcessGroup, output: Tensor, source: Tensor, receive: list[int], send: list[int]
+) -> dist.Work:
+    """`dist.all_to_all_single` without its checks, which cost as much as starting it."""
+    start = getattr(group, "all_to_all_single", None) or group.alltoall_base
+    work: dist.Work = start(output, source, receive, send, _ASYNC)
+    return work
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     """float8, which few backends know, as the bytes it is; others as they are."""
     return tensor.view(torch.uint8) if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
@@ -305,7 +374,7 @@ def _call_when_done(work: dist.Work, function: Callable[[], None]) -> None:
     """Call from the thread that completes the work, also when it failed; never where it cannot tell."""
     try:
         future = work.get_future()
-    except RuntimeError:  # gloo's reduce_scatter has none; `wait` then tells
+    except RuntimeError:  # a backend without them; `wait` then tells
         return
     future.add_done_callback(lambda _: function())
 

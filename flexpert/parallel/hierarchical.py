@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,13 +39,76 @@ class HierarchicalSplits(Splits):
 
     relayed: list[Counts]
 
-    def chunk(self, chunk: int, degree: int) -> HierarchicalSplits:
-        """The rows of one chunk, of `degree`."""
+    @cached_property
+    def forth(self) -> Phase:
+        """Inside the node, forward: from rows by (node, place) of the destination."""
+        return Phase(self._sent_NL, self._relayed_LN)
+
+    @cached_property
+    def forth_between(self) -> Phase:
+        """Between nodes, forward: to rows by (node, place) of the source."""
+        return Phase(self._relayed_LN, self._received_NL)
+
+    @cached_property
+    def back_between(self) -> Phase:
+        """Between nodes, back."""
+        return Phase(transposed(self._received_NL), transposed(self._relayed_LN))
+
+    @cached_property
+    def back(self) -> Phase:
+        """Inside the node, back: to rows by (place, node) of the destination."""
+        return Phase(transposed(self._relayed_LN), self.sent_LN)
+
+    @cached_property
+    def sent_LN(self) -> Counts:
+        """Rows to each (place, node)."""
+        return transposed(self._sent_NL)
+
+    @cached_property
+    def _sent_NL(self) -> Counts:
+        return _grid(self.send_rows, len(self.relayed))
+
+    @cached_property
+    def _received_NL(self) -> Counts:
+        return _grid(self.receive_rows, len(self.relayed))
+
+    @cached_property
+    def _relayed_LN(self) -> Counts:
+        return [row_totals(counts) for counts in self.relayed]
+
+    def _cut(self, chunk: int, degree: int) -> HierarchicalSplits:
         return HierarchicalSplits(
             chunk_counts(self.sent, chunk, degree),
             chunk_counts(self.received, chunk, degree),
             [chunk_counts(counts, chunk, degree) for counts in self.relayed],
         )
+
+
+class Phase:
+    """The rows of one of the two exchanges.
+
+    Args:
+        sent_AB: of the rows as they lie, which are sent by b after they are brought into order of (b, a).
+        received_BA: of those that arrive, by b.
+
+    Attributes:
+        sizes: `sent_AB`.
+        send, receive: rows to and from each b.
+        arriving: rows that arrive.
+    """
+
+    def __init__(self, sent_AB: Counts, received_BA: Counts) -> None:
+        self.sizes = sent_AB
+        self.send, self.receive = row_totals(transposed(sent_AB)), row_totals(received_BA)
+        self.arriving = sum(self.receive)
+
+    def start(
+        self, group: Group, rows: Tensor, chunk: int, *, aligned: bool = False
+    ) -> tuple[Tensor, Pending]:
+        """Send rows, as they lie if they are `aligned` already: (those that will arrive, work)."""
+        arriving = rows.new_empty(self.arriving, *rows.shape[1:])
+        source = rows if aligned else align(rows, self.sizes)
+        return arriving, group.exchange(arriving, source, self.receive, self.send, chunk)
 
 
 class Hierarchical(AllToAll):
@@ -79,20 +143,24 @@ class Hierarchical(AllToAll):
         self.between = between
         self._started: dict[bool, deque[_Exchange]] = {False: deque(), True: deque()}
 
-    def _exchange_messages(self, message_PV: Tensor, header: int) -> tuple[Tensor, Splits]:
+    def exchange_messages(  # noqa: D102 - as inherited
+        self, message_PV: Tensor, header: int
+    ) -> tuple[list[list[int]], Splits]:
         nodes, places = self.between.size, self.inside.size
         message_NLV = message_PV.view(nodes, places, -1)
         relayed_LNV = torch.empty_like(message_NLV.transpose(0, 1), memory_format=torch.contiguous_format)
-        self.inside.all_to_all(relayed_LNV, message_NLV.transpose(0, 1))
+        one_each = [1] * places
+        self.inside.exchange(relayed_LNV, message_NLV.transpose(0, 1), one_each, one_each).wait()
         received_NLV = torch.empty_like(message_NLV)
-        self.between.all_to_all(received_NLV, relayed_LNV.transpose(0, 1))
-        received_PV = received_NLV.view_as(message_PV)
+        one_each = [1] * nodes
+        self.between.exchange(received_NLV, relayed_LNV.transpose(0, 1), one_each, one_each).wait()
+        received = received_NLV.view_as(message_PV).tolist()
         splits = HierarchicalSplits(
-            message_PV[:, header:].tolist(),
-            received_PV[:, header:].tolist(),
-            relayed_LNV[..., header:].tolist(),
+            [row[header:] for row in message_PV.tolist()],
+            [row[header:] for row in received],
+            [[row[header:] for row in place] for place in relayed_LNV.tolist()],
         )
-        return received_PV[:, :header], splits
+        return [row[:header] for row in received], splits
 
     def known(self, matrix_PPC: Tensor) -> Splits:  # noqa: D102 - as inherited
         rank, places = self.group.rank, self.inside.size
@@ -118,32 +186,19 @@ class Hierarchical(AllToAll):
 
     def _forth(self, wire: Tensor, part: HierarchicalSplits, chunk: int) -> Phases:
         """From rows by (node, place) of the destination to rows by (node, place) of the source."""
-        sent_NL, received_NL = self._grid(part.sent), self._grid(part.received)
-        relayed_LN = [row_totals(counts) for counts in part.relayed]
-        sizes = row_totals(relayed_LN), row_totals(transposed(sent_NL))
-        relayed = wire.new_empty(sum(sizes[0]), *wire.shape[1:])
-        yield self.inside.all_to_all(relayed, align(wire, sent_NL), *sizes, True, chunk=chunk)
-        sizes = row_totals(received_NL), row_totals(transposed(relayed_LN))
-        output = wire.new_empty(sum(sizes[0]), *wire.shape[1:])
-        yield self.between.all_to_all(output, align(relayed, relayed_LN), *sizes, True, chunk=chunk)
+        relayed, pending = part.forth.start(self.inside, wire, chunk)
+        yield pending
+        output, pending = part.forth_between.start(self.between, relayed, chunk)
+        yield pending
         return output
 
     def _back(self, wire: Tensor, part: HierarchicalSplits, chunk: int) -> Phases:
         """The same backwards."""
-        sent_LN, received_NL = transposed(self._grid(part.sent)), self._grid(part.received)
-        relayed_NL = transposed([row_totals(counts) for counts in part.relayed])
-        sizes = row_totals(relayed_NL), row_totals(received_NL)
-        relayed = wire.new_empty(sum(sizes[0]), *wire.shape[1:])
-        yield self.between.all_to_all(relayed, wire, *sizes, True, chunk=chunk)
-        sizes = row_totals(sent_LN), row_totals(transposed(relayed_NL))
-        output = wire.new_empty(sum(sizes[0]), *wire.shape[1:])
-        yield self.inside.all_to_all(output, align(relayed, relayed_NL), *sizes, True, chunk=chunk)
-        return align(output, sent_LN)
-
-    def _grid(self, counts_PC: Counts) -> Counts:
-        """Rows of all classes by (node, place)."""
-        totals, places = row_totals(counts_PC), self.inside.size
-        return [totals[start : start + places] for start in range(0, len(totals), places)]
+        relayed, pending = part.back_between.start(self.between, wire, chunk, aligned=True)
+        yield pending
+        output, pending = part.back.start(self.inside, relayed, chunk)
+        yield pending
+        return align(output, part.sent_LN)
 
 
 class _Exchange:
@@ -169,6 +224,11 @@ class _Exchange:
         raise AssertionError("an exchange has two phases")
 
 
+def _grid(totals_P: list[int], places: int) -> Counts:
+    """Rows by (node, place)."""
+    return [totals_P[start : start + places] for start in range(0, len(totals_P), places)]
+
+
 def transposed(counts_AB: Counts) -> Counts:
     """Counts by (b, a)."""
     return [list(column) for column in zip(*counts_AB, strict=True)]
@@ -181,7 +241,7 @@ def align(rows: Tensor, sizes_AB: Counts) -> Tensor:
         return rows
     sizes = [size for row in sizes_AB for size in row]
     if min(sizes) == max(sizes):
-        shape = rows.shape[1:]
-        return rows.reshape(first, second, sizes[0], *shape).transpose(0, 1).reshape(-1, *shape)
+        blocks = rows.reshape(first, second, sizes[0], *rows.shape[1:])
+        return blocks.transpose(0, 1).reshape(rows.shape)
     segments = rows.split(sizes)
     return torch.cat([segments[a * second + b] for b in range(second) for a in range(first)])

@@ -26,6 +26,9 @@ class Bank(Protocol):
     sliceable: bool
     row_independent: bool
 
+    def hold(self, experts: range) -> bool:
+        """Stack what is not stacked, for these experts alone; whether there was any."""
+
     def layout(self) -> Mapping[str, ParamLayout]:
         """How each parameter is cut over ranks."""
 
@@ -73,11 +76,13 @@ def check_bank(name: str, bank: Bank, mesh: ExpertMesh) -> None:
                 )
 
 
-def tensors_of(bank: Bank) -> dict[str, Tensor]:
+def tensors_of(bank: Any) -> dict[str, Tensor]:
     """What a call of the bank needs by name: all parameters, and the buffers that are cut over ranks."""
-    layouts = bank.layout()
-    buffers = {name: buffer for name, buffer in bank.named_buffers() if name in layouts}
-    return {**dict(bank.named_parameters()), **buffers}
+    layouts, parameters, buffers = bank.layout(), bank._parameters, bank._buffers
+    if bank._modules or len(set(map(id, parameters.values()))) < len(parameters):
+        parameters, buffers = dict(bank.named_parameters()), dict(bank.named_buffers())
+    tables = parameters.items(), ((name, buffer) for name, buffer in buffers.items() if name in layouts)
+    return {name: tensor for table in tables for name, tensor in table if tensor is not None}
 
 
 def shard_bank(bank: Bank, mesh: ExpertMesh) -> list[tuple[nn.Parameter, ParamLayout | None]]:
@@ -89,15 +94,20 @@ def shard_bank(bank: Bank, mesh: ExpertMesh) -> list[tuple[nn.Parameter, ParamLa
     """
     done: list[tuple[nn.Parameter, ParamLayout | None]] = []
     for group in bank.groups().values():
+        if not group.remote:
+            continue
+        is_part = group.hold(mesh.experts_of(group.num_experts))
         layouts = group.layout()
-        if not group.remote or not layouts:
+        if not layouts:
             continue
         done += [(p, None) for name, p in group.named_parameters() if name not in layouts]
         for name, layout in layouts.items():
             path, _, key = name.rpartition(".")
             owner = group.get_submodule(path)
             old = getattr(owner, key)
-            if old.is_meta:
+            if is_part:
+                local = old.detach()
+            elif old.is_meta:
                 local = initial_part(group, name, old.shape, layout, mesh, old.dtype)
             else:
                 local = local_part(old.detach(), layout, mesh)

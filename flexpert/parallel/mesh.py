@@ -87,7 +87,7 @@ class ExpertMesh:
         self.same_expert = self._group("replicas of an expert", grid[:, x].flatten())
         axes = self.same_slice, self.column, self.blocks[self.slices]
         some_is_alone = any(group.process_group is None for group in axes)
-        alone = _new_group((dist.get_rank(),), timeout) if some_is_alone else None
+        alone = new_group((dist.get_rank(),), timeout) if some_is_alone else None
         self.device_mesh = DeviceMesh.from_group(
             [cast(dist.ProcessGroup, group.process_group or alone) for group in axes],
             device,
@@ -130,7 +130,7 @@ class ExpertMesh:
             DistributedError: a rank does not come.
         """
         members = self.everyone.ranks
-        process_group = _new_group(members, self.timeout, "gloo") if len(members) > 1 else None
+        process_group = new_group(members, self.timeout, "gloo", name) if len(members) > 1 else None
         return Group(name, members, process_group, self.everyone.node_of, heartbeat=self.heartbeat)
 
     def __repr__(self) -> str:
@@ -144,7 +144,7 @@ class ExpertMesh:
         members = tuple(ranks.tolist())
         if members not in self._made:
             alone = len(members) == 1
-            self._made[members] = None if alone else _new_group(members, self.timeout)
+            self._made[members] = None if alone else new_group(members, self.timeout, name=name)
         nodes = tuple(rank // self.ranks_per_node for rank in members)
         return Group(name, members, self._made[members], nodes, self.traffic, self.heartbeat)
 
@@ -237,10 +237,24 @@ def expert_mesh(
     return mesh
 
 
-def _new_group(members: Sequence[int], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
+def new_group(
+    members: Sequence[int], timeout: timedelta, backend: str | None = None, name: str | None = None
+) -> dist.ProcessGroup:
+    """A new process group, in bounded time; the name is for messages.
+
+    Raises:
+        DistributedError: a rank does not come.
+    """
+
     # Only the members take part: meshes over parts of the world need not know of each other.
     def make() -> object:
-        return dist.new_group(list(members), timeout=timeout, backend=backend, use_local_synchronization=True)
+        return dist.new_group(
+            list(members),
+            timeout=timeout,
+            backend=backend,
+            use_local_synchronization=True,
+            group_desc=name,
+        )
 
     try:
         group = bounded(make, timeout)

@@ -17,6 +17,7 @@ from flexpert.core.errors import ConfigError, DistributedError
 from flexpert.core.layout import ParamLayout
 from flexpert.core.plan import AnyPlan, ExecutionPlan
 
+from .dense import name_ddp, name_fsdp
 from .gradients import GradientSync
 from .group import Group
 from .layout import laid_out, shard_bank
@@ -42,7 +43,7 @@ def parallelize(
 
     All ranks call it with the same model: built from the same seed, or loaded from the same checkpoint.
     Expert parameters and buffers become DTensors on the mesh; the optimiser is built after this. Router,
-    shared experts, zero-computation experts and unlike modules (`ModuleExperts`) stay dense.
+    shared experts and zero-computation experts stay dense.
 
     The model may have been built on the meta device: each rank then makes its own experts only, and all of
     the dense part, with values that do not depend on the number of ranks; see `flexpert.parallel.meta`.
@@ -64,7 +65,8 @@ def parallelize(
         The model.
 
     Raises:
-        ConfigError: no MoE layer, a bank that the mesh does not divide, or a bad argument.
+        ConfigError: no MoE layer, a bank that the mesh does not divide, experts that share a parameter with
+            others or with the rest, or a bad argument.
         DistributedError: the ranks' models differ.
     """
     if dense is not None and dense not in DENSE:
@@ -80,6 +82,7 @@ def parallelize(
         if isinstance(layer.transport, ExpertParallel):
             raise ConfigError(f"layer {name!r} is laid out already; parallelize a model once")
     default = ExecutionPlan() if plan is None else plan
+    _check_not_shared(model, layers)
     transports = {name: prepare(name, layer.experts, mesh, default, verify) for name, layer in layers.items()}
     fill_dense(model, mesh.device_mesh.device_type, _laid_out(layers))
     _compare_models(model, mesh)
@@ -99,6 +102,7 @@ def parallelize(
             if parameter in scalars:
                 sync.watch(parameter, mesh.everyone)
         fully_shard(model, mesh=dense_mesh or _flat(mesh), mp_policy=policy, ignored_params=experts | scalars)
+        name_fsdp(model)
     accept_full_tensors(model)
     return model
 
@@ -110,6 +114,23 @@ def _layers(model: nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules()
         if hasattr(module, "transport") and hasattr(module, "experts")
     }
+
+
+def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Refuse a parameter of experts that is one of something else too: the two would no longer be one."""
+    groups = [g for layer in layers.values() for g in layer.experts.groups().values() if g.remote]
+    paths = list(model.named_modules(remove_duplicate=False))
+    banks = tuple(f"{path}." for path, module in paths if any(module is group for group in groups))
+    inside: dict[torch.Tensor, str] = {}
+    outside: dict[torch.Tensor, str] = {}
+    for path, module in paths:
+        found = inside if f"{path}.".startswith(banks) else outside
+        found |= {p: f"{path}.{name}" for name, p in module._parameters.items() if p is not None}
+    for parameter in inside.keys() & outside.keys():
+        raise ConfigError(
+            f"{inside[parameter]} is also {outside[parameter]}, outside of the experts, which are cut over "
+            f"ranks; give one of them a copy"
+        )
 
 
 def _ranks_with_copies(layout: ParamLayout | None, mesh: ExpertMesh) -> Group:
@@ -141,6 +162,9 @@ def _replicate(
         or any(isinstance(buffer, DTensor) for buffer in module.buffers(recurse=False))
     ]
     replicate(model, ignored_modules=ignored, process_group=group)
+    members = dist.get_process_group_ranks(group)
+    nodes = [rank // mesh.ranks_per_node for rank in members]
+    name_ddp(model, Group("data parallel", members, group, nodes, heartbeat=mesh.heartbeat))
 
 
 def _flat(mesh: ExpertMesh) -> DeviceMesh:

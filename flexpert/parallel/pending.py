@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -15,6 +15,9 @@ from flexpert.core.errors import DistributedError
 from .heartbeat import Heartbeat
 
 POLL = 0.5  # seconds between two looks for a rank that gave up; waiting itself ends without delay
+
+
+_POLL = timedelta(seconds=POLL)
 
 
 class Pending:
@@ -67,6 +70,14 @@ class Pending:
             self._end()
         self._work, self._keep, self._finish, self._end = None, (), None, None
 
+    def future(self) -> torch.futures.Future[list[Tensor]]:
+        """Done when the result is there, also where nobody waits; to be asked for before `wait`."""
+        if self._work is None:
+            done: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+            done.set_result(list(self._keep))
+            return done
+        return self._work.get_future()
+
     def error(self, cause: Exception) -> DistributedError:
         """What to raise for a failure of the backend."""
         waited = time.monotonic() - self._begin
@@ -79,11 +90,10 @@ class Pending:
         while True:
             begin = time.monotonic()
             try:
-                work.wait(timedelta(seconds=POLL))
+                work.wait(_POLL)
                 return
             except RuntimeError:
-                # The short wait is over, or the work has failed. Gloo's reduce_scatter never says that it is
-                # completed, and waits as long as it takes; once failed, it ends the next wait at once.
+                # The short wait is over, or the work has failed: then the next wait ends at once.
                 if work.is_completed():
                     work.wait()  # raises what failed, returns if it was done just now
                     return
@@ -91,15 +101,19 @@ class Pending:
                     raise
 
 
-@contextmanager
-def named(layer: str) -> Iterator[None]:
+class named:  # noqa: N801 - a `with` that reads as one; a generator would cost each call several times as much
     """Put the layer's name before what a collective inside tells, in backward passes too."""
-    try:
-        yield
-    except DistributedError as error:
-        if str(error).startswith(layer):
-            raise
-        raise DistributedError(f"{layer}: {error}") from error
+
+    def __init__(self, layer: str) -> None:
+        self._layer = layer
+
+    def __enter__(self) -> None:
+        """Nothing is done before."""
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        """Raise the error with the name."""
+        if isinstance(error, DistributedError) and not str(error).startswith(self._layer):
+            raise DistributedError(f"{self._layer}: {error}") from error
 
 
 def failure(what: str, cause: Exception, heartbeat: Heartbeat | None) -> DistributedError:

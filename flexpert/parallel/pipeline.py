@@ -9,7 +9,7 @@ Letters: N rows of this rank, R rows that arrive on it, D and O widths, P ranks,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from .codec import CODECS
 from .mesh import Algorithm
 from .pending import named
 from .routes import Routes
-from .timeline import active_timeline
+from .timeline import Timeline, active_timeline
 from .timers import phase
 
 # (rows_RD, unit_R, counts_e, *weights) -> (R, O): the experts' results in the rows' places
@@ -63,32 +63,45 @@ class Exchange:
 
 def run(exchange: Exchange, rows_ND: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """The experts' results (N, O) for rows grouped by expert, wherever the experts are."""
-    y_NO: Tensor = _Run.apply(exchange, rows_ND, *weights)
-    return y_NO
+    if torch.is_grad_enabled() and (rows_ND.requires_grad or any(w.requires_grad for w in weights)):
+        y_NO: Tensor = _Run.apply(exchange, rows_ND, *weights)
+        return y_NO
+    with torch.no_grad():
+        return _forward(exchange, rows_ND, weights, None)
+
+
+def _forward(exchange: Exchange, rows_ND: Tensor, leaves: Sequence[Tensor], ctx: Any | None) -> Tensor:
+    """The results; `ctx` gets what backward needs."""
+    routes, wants_rows = exchange.routes, ctx is not None and ctx.needs_input_grad[1]
+    chunks = range(routes.degree)
+    index = [_to(routes.send_index(chunk), rows_ND) for chunk in chunks]
+    sent = [exchange.start(_take(rows_ND, index[chunk]), chunk) for chunk in chunks]
+    arrivals = [routes.arrivals(chunk) for chunk in chunks]  # worked out while rows are under way
+    kept, returning = [], []
+    for chunk in chunks:
+        with phase("dispatch wait"):
+            arrived_RD = sent[chunk].wait()
+        if wants_rows:
+            arrived_RD.requires_grad_()
+        with torch.set_grad_enabled(ctx is not None), _span("experts", chunk, len(arrived_RD)):
+            y_RO = _experts(exchange, arrived_RD, leaves, arrivals[chunk])
+        if ctx is not None:
+            kept.append((arrived_RD, y_RO))
+        returning.append(exchange.start(y_RO.detach(), chunk, reverse=True))
+    with phase("combine wait"):
+        back = [rows.wait() for rows in returning]
+    if ctx is not None:
+        ctx.chunks, ctx.index = kept, index
+    return _put(routes, index, back, rows_ND.shape[0], rows_ND.dtype)
 
 
 class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, rows_ND: Tensor, *weights: Tensor) -> Tensor:
-        differentiates = any(ctx.needs_input_grad)
-        leaves = [w.detach().requires_grad_(w.requires_grad and differentiates) for w in weights]
-        ctx.exchange, ctx.leaves, ctx.chunks = exchange, leaves, []
+        leaves = [w.detach().requires_grad_(w.requires_grad) for w in weights]
+        ctx.exchange, ctx.leaves = exchange, leaves
         ctx.num_rows, ctx.dtype = rows_ND.shape[0], rows_ND.dtype
-        chunks = range(exchange.routes.degree)
-        index = [_to(exchange.routes.send_index(chunk), rows_ND) for chunk in chunks]
-        sent = [exchange.start(_take(rows_ND, index[chunk]), chunk) for chunk in chunks]
-        returning = []
-        for chunk in chunks:
-            with phase("dispatch wait"):
-                arrived_RD = sent[chunk].wait().requires_grad_(ctx.needs_input_grad[1])
-            with torch.set_grad_enabled(differentiates), _span("experts", chunk, len(arrived_RD)):
-                y_RO = _experts(exchange, arrived_RD, leaves, chunk)
-            ctx.chunks.append((arrived_RD, y_RO) if differentiates else None)
-            returning.append(exchange.start(y_RO.detach(), chunk, reverse=True))
-        with phase("combine wait"):
-            back = [(index[chunk], returning[chunk].wait()) for chunk in chunks]
-        ctx.index = index
-        return _put(back, rows_ND.shape[0], exchange.routes.in_order, rows_ND.dtype)
+        return _forward(exchange, rows_ND, leaves, ctx)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -114,17 +127,19 @@ def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         if grad_RD is not None:
             returning.append(exchange.start(grad_RD, chunk, reverse=True))
     with phase("combine wait"):
-        back = [(ctx.index[chunk], rows.wait()) for chunk, rows in enumerate(returning)]
-    grad_ND = _put(back, ctx.num_rows, exchange.routes.in_order, ctx.dtype) if back else None
+        back = [rows.wait() for rows in returning]
+    grad_ND = _put(exchange.routes, ctx.index, back, ctx.num_rows, ctx.dtype) if back else None
     # Zeros in place of None: a rank without rows takes part in the reductions of the others.
     return None, grad_ND, *map(_or_zeros, gradients, ctx.leaves)
 
 
-def _experts(exchange: Exchange, rows_RD: Tensor, leaves: list[Tensor], chunk: int) -> Tensor:
+def _experts(
+    exchange: Exchange, rows_RD: Tensor, leaves: Sequence[Tensor], arrivals: tuple[Tensor, Tensor]
+) -> Tensor:
     """Results (R, O) of rows ordered by (source rank, expert), in that order."""
     if rows_RD.shape[0] == 0:
         return rows_RD.new_empty(0, exchange.output_dim)
-    unit_R, counts_e = exchange.routes.arrivals(chunk)
+    unit_R, counts_e = arrivals
     y_RO = exchange.compute(rows_RD, _to(unit_R, rows_RD), _to(counts_e, rows_RD), *leaves)
     return y_RO.to(rows_RD.dtype)
 
@@ -148,16 +163,26 @@ def _take(rows: Tensor, index: Tensor | None) -> Tensor:
     return rows.contiguous() if index is None else rows.index_select(0, index)
 
 
-def _put(parts: list[tuple[Tensor | None, Tensor]], rows: int, in_order: bool, dtype: torch.dtype) -> Tensor:
+def _put(
+    routes: Routes, index: list[Tensor | None], parts: list[Tensor], rows: int, dtype: torch.dtype
+) -> Tensor:
     """The inverse of `_take`: each row in its place; of one that went to several ranks, the sum."""
-    if len(parts) == 1 and parts[0][0] is None:
-        return parts[0][1]
-    index = torch.cat([index for index, _ in parts if index is not None])
-    values = torch.cat([value for _, value in parts])
-    if in_order:
-        return values.new_empty(rows, values.shape[1]).index_copy_(0, index, values)
-    count = torch.tensor([index.shape[0]], device=index.device)
-    return ops.scatter_combine(values, index, None, count, rows, dtype)
+    if len(parts) == 1 and index[0] is None:
+        return parts[0]
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if routes.in_order or dtype.itemsize < 4:
+        index_N = torch.cat([part for part in index if part is not None])
+        if routes.in_order:
+            return values.new_empty(rows, values.shape[1]).index_copy_(0, index_N, values)
+        count = torch.tensor([index_N.shape[0]], device=index_N.device)
+        return ops.scatter_combine(values, index_N, None, count, rows, dtype)
+    if rows == 0:
+        return values
+    first, *more = _to(routes.copies(rows), values)
+    total = values.index_select(0, first)
+    for copies in more:
+        total += values.index_select(0, copies)
+    return total.to(dtype)
 
 
 def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -170,12 +195,17 @@ def _or_zeros(gradient: Tensor | None, leaf: Tensor) -> Tensor | None:
     return torch.zeros_like(leaf) if gradient is None and leaf.requires_grad else gradient
 
 
-@contextmanager
-def _span(name: str, chunk: int, rows: int = 0) -> Iterator[None]:
+def _span(name: str, chunk: int, rows: int = 0) -> AbstractContextManager[None]:
     timeline = active_timeline()
-    with nullcontext() if timeline is None else timeline.span(name, chunk), phase("experts", rows):
+    return phase("experts", rows) if timeline is None else _recorded(timeline, name, chunk, rows)
+
+
+@contextmanager
+def _recorded(timeline: Timeline, name: str, chunk: int, rows: int) -> Iterator[None]:
+    with timeline.span(name, chunk), phase("experts", rows):
         yield
 
 
 def _to(tensor: Tensor | None, like: Tensor) -> Any:
-    return None if tensor is None else tensor.to(like.device)
+    """The tensor, made on the host, on the device of the rows."""
+    return tensor if tensor is None or like.is_cpu else tensor.to(like.device)

@@ -22,9 +22,9 @@ from flexpert.core.plan import ExecutionPlan
 from .codec import CODECS
 from .grid import RankGrid
 from .layout import tensors_of
+from .meeting import HEADER
 from .mesh import ExpertMesh
 from .rows import RowTraffic
-from .transport import HEADER
 
 
 @dataclass
@@ -139,7 +139,7 @@ def transfers_of_call(
         backward: count the backward pass, too, with a gradient for the input.
     """
     experts = counts_PE.shape[1] // grid.expert_ranks
-    found = _counts(grid, experts, plan, capacity, verify)
+    found = counts_transfers(grid, experts, plan, capacity, verify)
     found += _gathers(grid, parts, plan.r, dtype)
     if plan.r:
         there, back = (wire_bytes(width, dtype, plan.codec) for width in widths)
@@ -188,7 +188,7 @@ def wire_bytes(width: int, dtype: torch.dtype, codec: str) -> int:
     return wire.shape[1] * wire.element_size()
 
 
-def _counts(
+def counts_transfers(
     grid: RankGrid, experts: int, plan: ExecutionPlan, capacity: int | None, verify: bool
 ) -> list[Transfer]:
     """The counts that travel ahead of the rows, and the header with them."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +32,39 @@ class Splits:
     sent: Counts
     received: Counts
 
-    def chunk(self, chunk: int, degree: int) -> Splits:
-        """The rows of one chunk, of `degree`."""
+    def chunk(self, chunk: int, degree: int) -> Any:
+        """The rows of one chunk, of `degree`; worked out once, for calls that exchange the same."""
+        if degree == 1 and chunk == 0:
+            return self
+        if (chunk, degree) not in self._chunks:
+            self._chunks[chunk, degree] = self._cut(chunk, degree)
+        return self._chunks[chunk, degree]
+
+    @cached_property
+    def send_rows(self) -> list[int]:
+        """Rows to each rank, all classes together."""
+        return row_totals(self.sent)
+
+    @cached_property
+    def receive_rows(self) -> list[int]:
+        """Rows from each rank, all classes together."""
+        return row_totals(self.received)
+
+    @cached_property
+    def num_sent(self) -> int:
+        """All rows that are sent."""
+        return sum(self.send_rows)
+
+    @cached_property
+    def num_received(self) -> int:
+        """All rows that are received."""
+        return sum(self.receive_rows)
+
+    @cached_property
+    def _chunks(self) -> dict[tuple[int, int], Splits]:
+        return {}
+
+    def _cut(self, chunk: int, degree: int) -> Splits:
         return Splits(chunk_counts(self.sent, chunk, degree), chunk_counts(self.received, chunk, degree))
 
     def of_classes(self, number: int) -> Splits:

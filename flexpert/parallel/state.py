@@ -22,6 +22,7 @@ from flexpert.core.errors import CheckpointError
 
 from .heartbeat import heartbeat_of
 from .pending import failure
+from .pieces import Pieces
 from .together import Ranks
 
 Source: TypeAlias = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -47,12 +48,14 @@ def full_state_dict(model: nn.Module, *, rank: int = 0) -> dict[str, Tensor]:
     Raises:
         DistributedError: a rank is gone or too late.
     """
-    result = {}
-    for name, tensor in _tensors(model).items():
+    own, pieces = _tensors(model), Pieces(model)
+    result: dict[str, Tensor] = {}
+    for name, tensor in own.items():
         whole = _whole(name, tensor) if isinstance(tensor, DTensor) else tensor
         if not dist.is_initialized() or dist.get_rank() == rank:
-            result[name] = whole.to("cpu", copy=True).contiguous()
-    return result
+            parts = dict(pieces.apart(name, whole)) or {name: whole}
+            result |= {key: part.to("cpu", copy=True).contiguous() for key, part in parts.items()}
+    return {name: result[name] for name in pieces.original_names(own)} if result else {}
 
 
 @torch.no_grad()
@@ -71,11 +74,18 @@ def load_full_state_dict(model: nn.Module, source: Source, *, group: dist.Proces
         CheckpointError: a file that cannot be read; names that are missing or unknown, or other shapes, all
             of them listed. Nothing was copied then, on any rank.
     """
-    ranks, own = Ranks(group), _tensors(model)
+    ranks, own, pieces = Ranks(group), _tensors(model), Pieces(model)
+    wanted = {
+        name: tuple(pieces.places[name].shape if name in pieces.places else own[name].shape)
+        for name in pieces.original_names(own)
+    }
     with _open(source, ranks) as (shapes, read):
-        ranks.together(lambda: _check(type(model).__name__, own, shapes))
+        ranks.together(lambda: _check(type(model).__name__, wanted, shapes))
         for name, tensor in own.items():
-            if isinstance(tensor, DTensor):
+            if pieces.within(name):
+                for key, part in pieces.apart(name, tensor):
+                    part.copy_(read(key, None))
+            elif isinstance(tensor, DTensor):
                 _, index = local_part_of(tensor.shape, tensor.device_mesh, tensor.placements)
                 tensor.to_local().copy_(read(name, index))
             else:
@@ -112,14 +122,14 @@ def accept_full_tensors(model: nn.Module) -> None:
             if isinstance(tensor, DTensor)
         }
         if cut:
-            module.register_load_state_dict_pre_hook(_TakeParts(cut))
+            module.register_load_state_dict_pre_hook(_TakeParts(cut, Pieces(module)))
 
 
 class _TakeParts:
     """A hook that puts this rank's part in place of each whole tensor that is given for a DTensor."""
 
-    def __init__(self, cut: Mapping[str, tuple[DeviceMesh, Sequence[Placement]]]) -> None:
-        self._cut = cut
+    def __init__(self, cut: Mapping[str, tuple[DeviceMesh, Sequence[Placement]]], pieces: Pieces) -> None:
+        self._cut, self._pieces = cut, pieces
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _TakeParts:
         """Itself: meshes are shared, not copied."""
@@ -127,6 +137,14 @@ class _TakeParts:
 
     def __call__(self, module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
         for name, (mesh, placements) in self._cut.items():
+            whole = {
+                key: tensors[prefix + key] for key in self._pieces.within(name) if prefix + key in tensors
+            }
+            if whole:
+                tensors[prefix + name] = self._pieces.join(name, getattr(module, name), whole)
+                for key in whole:
+                    del tensors[prefix + key]
+                continue
             given = tensors.get(prefix + name)
             # Another shape is left for the check that tells both.
             if isinstance(given, Tensor) and not isinstance(given, DTensor):
@@ -153,14 +171,14 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def _check(model: str, own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check(model: str, own: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     faults = {
         "missing": sorted(own.keys() - shapes.keys()),
         "unknown": sorted(shapes.keys() - own.keys()),
         "of another shape": [
-            f"{name} {list(shapes[name])} instead of {list(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in shapes and shapes[name] != tuple(tensor.shape)
+            f"{name} {list(shapes[name])} instead of {list(shape)}"
+            for name, shape in own.items()
+            if name in shapes and shapes[name] != shape
         ],
     }
     if any(faults.values()):
@@ -196,10 +214,10 @@ def _open(source: Source, ranks: Ranks) -> Iterator[tuple[dict[str, tuple[int, .
 
     def read(name: str, index: tuple[slice, ...] | None) -> Tensor:
         if not index:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+            return file.get_tensor(name)
         if any(place.start == place.stop for place in index):
             return torch.empty([place.stop - place.start for place in index])
-        return file.get_slice(name)[index]  # type: ignore[no-any-return]
+        return file.get_slice(name)[index]
 
     with file:
         yield shapes, read

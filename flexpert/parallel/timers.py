@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +39,9 @@ class PhaseTimers:
     """Seconds of this rank in each of `PHASES`, forward and backward, and the rows its experts computed.
 
     "dispatch wait" has the exchange of counts in it, where ranks wait for one that is late; "reduce wait" the
-    differentiable sums over ranks, of losses; "dense" is what no other phase is: collectives of DDP or FSDP
-    too, and with r = 0 the experts' backward. Of a phase inside another the time counts for the inner one.
+    differentiable sums over ranks, of losses, and the collectives of DDP and FSDP; "dense" is what no other
+    phase is: with r = 0 the experts' backward too. Of a phase inside another the time counts for the inner
+    one.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -108,13 +109,16 @@ class StragglerReport:
 _active: PhaseTimers | None = None
 
 
-@contextmanager
-def phase(name: str, rows: int = 0) -> Iterator[None]:
+_NOT_TIMED = nullcontext()
+
+
+def phase(name: str, rows: int = 0) -> AbstractContextManager[None]:
     """Count what runs inside the `with`, and rows, where timers are active."""
-    timers = _active
-    if timers is None:
-        yield
-        return
+    return _NOT_TIMED if _active is None else _phase(_active, name, rows)
+
+
+@contextmanager
+def _phase(timers: PhaseTimers, name: str, rows: int) -> Iterator[None]:
     entered = timers.enter()
     try:
         yield

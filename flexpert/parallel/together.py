@@ -83,9 +83,9 @@ class Ranks:
 
     def first(self, work: Callable[[], Result]) -> Result:
         """Do work on rank 0 alone; its result, on every rank. Raises as `together`."""
-        results = self.together(lambda: work() if self.rank == 0 else None)
-        value: Any = results[0]
-        return value  # type: ignore[no-any-return]
+        results: list[Any] = self.together(lambda: work() if self.rank == 0 else None)
+        value: Result = results[0]
+        return value
 
 
 def _gather(group: Group, text: str) -> list[Any]:

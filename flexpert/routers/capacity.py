@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def assign(
         order_N = order_N[: int(counts_E.sum())]
     row_N = torch.arange(order_N.shape[0], device=order_N.device)
     weight_N = weight_TK.T.reshape(-1)[order_N]
-    fields = {
+    fields: dict[str, Any] = {
         "unit_N": order_T[order_N % max(tokens, 1)],
         "weight_N": weight_N if trim else weight_N.where(row_N < counts_E.sum(), 0.0),
         "counts_E": counts_E,
@@ -144,7 +145,7 @@ def route(
         limit=limit,
         prioritized=prioritized,
     )
-    fields = {
+    fields: dict[str, Any] = {
         "unit_N": routes.unit_N,
         "weight_N": routes.weight_N,
         "counts_E": routes.counts_E,

@@ -100,6 +100,7 @@ class TokenChoiceRouter(Router):
         self.noise_weight = None
         if learned_noise:
             self.noise_weight = nn.Parameter(torch.zeros(num_experts, model_dim))
+        self.selection_bias: Tensor | None
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
         self.initial |= {"noise_weight": Constant(0.0), "selection_bias": Constant(0.0)}
         base = draw_base()
@@ -109,8 +110,9 @@ class TokenChoiceRouter(Router):
         """Keep the selection bias in fp32 when the module is cast: its steps vanish in half precision."""
         bias = self.selection_bias
         super()._apply(fn, recurse)
-        if bias is not None and self.selection_bias.dtype is not torch.float32:
-            self.selection_bias = bias.to(self.selection_bias.device)
+        moved = self.selection_bias
+        if bias is not None and moved is not None and moved.dtype is not torch.float32:
+            self.selection_bias = bias.to(moved.device)
         return self
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
@@ -150,7 +152,7 @@ class TokenChoiceRouter(Router):
         first = context.first_token(x_TD.shape[0])
         if self.training and self.input_jitter:
             key = noise.call_key(context, self.seeds["jitter"], x_TD.device)
-            u_TD = noise.uniform(key, noise.counters(*x_TD.shape, x_TD.device, first=first))
+            u_TD = noise.uniform(key, noise.counters(x_TD.shape[0], x_TD.shape[1], x_TD.device, first))
             x_TD = x_TD.to(routing_dtype(x_TD.dtype)) * (1 + self.input_jitter * (2 * u_TD - 1))
         clean_TE = self.score(x_TD, context)
         std: Tensor | None = None
@@ -161,7 +163,7 @@ class TokenChoiceRouter(Router):
         if std is None or not self.training:
             return clean_TE, clean_TE, std
         key = noise.call_key(context, self.seeds["gate"], x_TD.device)
-        noise_TE = noise.normal(key, noise.counters(*clean_TE.shape, x_TD.device, first=first))
+        noise_TE = noise.normal(key, noise.counters(clean_TE.shape[0], self.num_experts, x_TD.device, first))
         return clean_TE, clean_TE + std * noise_TE.to(clean_TE.dtype), std
 
     def _is_plain(self, context: RoutingContext) -> bool:

@@ -25,9 +25,9 @@ from flexpert.core.config import require_int, require_number
 from flexpert.core.errors import ConfigError
 from flexpert.core.registry import suggest
 from flexpert.tune import Machine
+from flexpert.tune.presets import DEVICES, preset
 
 from .describe import check_fields, split_file, split_text
-from .machines import PRESETS, preset
 
 MAX_RANKS = 65_536
 
@@ -172,11 +172,11 @@ class Cluster:
         found = split_file(text, "cluster")
         if found is None:
             name, settings = split_text(text, "cluster")
-            if name not in PRESETS:
+            if name not in DEVICES:
                 raise ConfigError(
-                    f"cluster: unknown preset {name!r}: {suggest(name, PRESETS)}; or a file's name"
+                    f"cluster: unknown preset {name!r}: {suggest(name, DEVICES)}; or a file's name"
                 )
-            data: dict[str, Any] = {"name": name, "nodes": 1, "devices": PRESETS[name], "machine": name}
+            data: dict[str, Any] = {"name": name, "nodes": 1, "devices": DEVICES[name], "machine": name}
         else:
             data, settings = found
         given, slow = data.get("unlike", []), []
@@ -209,8 +209,8 @@ def _machine(value: Any) -> Machine:
         return Machine.from_dict(value)
     if not isinstance(value, str):
         raise ConfigError(f"cluster: machine={value!r}, expected a preset's name, a file or a mapping")
-    if value in PRESETS:
+    if value in DEVICES:
         return preset(value)
     if not Path(value).exists():
-        raise ConfigError(f"cluster: machine={value!r} is no file and no preset: {suggest(value, PRESETS)}")
+        raise ConfigError(f"cluster: machine={value!r} is no file and no preset: {suggest(value, DEVICES)}")
     return Machine.from_json(Path(value).read_text(encoding="utf-8"))

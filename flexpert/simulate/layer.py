@@ -11,7 +11,7 @@ from flexpert.core.plan import ExecutionPlan
 from flexpert.parallel.predict import Part, Transfer, averaging_group, gathering_group
 from flexpert.tune import LayerShape, Workload
 from flexpert.tune.cost import rank_bytes, transfers_of_plan
-from flexpert.tune.step import computed_rows
+from flexpert.tune.volumes import computed_rows
 from flexpert.tune.workload import DTYPES
 
 from .clocks import Arrival, Clocks, Stage

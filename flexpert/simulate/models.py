@@ -112,36 +112,22 @@ def language(
         require_int(f"model: {key}", value, least=0)
     head_dim = model_dim // heads if head_dim is None else head_dim
     kv_heads = heads if kv_heads is None else kv_heads
-    matrices = 3 if gated else 2
+    part = ExpertPart(
+        model_dim=model_dim,
+        hidden_dim=hidden_dim if expert_dim is None else expert_dim,
+        num_experts=num_experts,
+        top_k=top_k,
+        capacity_factor=capacity_factor,
+        gated=gated,
+    ) if num_experts else None  # fmt: skip
     queries, keys = heads * head_dim, kv_heads * head_dim
-    attention = model_dim * (2 * queries + 2 * keys)
-    scores = 4 * queries * length / 2  # causal: half of length x length
-    kept = 3 * model_dim + 2 * queries + 2 * keys
     blocks = [Block(name="embedding", tokens=length, width=model_dim, params=vocabulary * model_dim)]
     for index in range(layers):
-        sparse = num_experts > 0 and index >= first and (index - first) % every == every - 1
-        dense = matrices * model_dim * (shared_dim if sparse else hidden_dim)
-        router = model_dim * num_experts if sparse else 0
-        inner = (matrices - 1) * (shared_dim if sparse else hidden_dim)
-        part = None
-        if sparse:
-            part = ExpertPart(
-                model_dim=model_dim,
-                hidden_dim=hidden_dim if expert_dim is None else expert_dim,
-                num_experts=num_experts,
-                top_k=top_k,
-                capacity_factor=capacity_factor,
-                gated=gated,
-            )
+        sparse = part is not None and index >= first and (index - first) % every == every - 1
+        inner, experts = (shared_dim, part) if sparse else (hidden_dim, None)
         blocks.append(
-            Block(
-                name=f"layer {index}",
-                tokens=length,
-                width=model_dim,
-                params=attention + dense + router + 2 * model_dim,
-                flops=2 * (attention + dense + router) + scores,
-                activations=kept + inner + 2 * (num_experts if sparse else 0),
-                experts=part,
+            _decoder_layer(
+                f"layer {index}", length, model_dim, queries, keys, inner, 3 if gated else 2, experts
             )
         )
     output = vocabulary * model_dim
@@ -152,6 +138,33 @@ def language(
         )
     )  # fmt: skip
     return Model(name=name, blocks=tuple(blocks), sample="sequence", dtype=dtype)
+
+
+def _decoder_layer(
+    name: str,
+    length: int,
+    model_dim: int,
+    queries: int,
+    keys: int,
+    inner: int,
+    matrices: int,
+    experts: ExpertPart | None,
+) -> Block:
+    """A layer of a decoder: widths of queries and keys, hidden dimension and matrices of its dense part."""
+    attention = model_dim * (2 * queries + 2 * keys)
+    dense, num_experts = matrices * model_dim * inner, experts.num_experts if experts else 0
+    params = attention + dense + model_dim * num_experts
+    scores = 4 * queries * length / 2  # causal: half of length x length
+    kept = 3 * model_dim + 2 * queries + 2 * keys
+    return Block(
+        name=name,
+        tokens=length,
+        width=model_dim,
+        params=params + 2 * model_dim,
+        flops=2 * params + scores,
+        activations=kept + (matrices - 1) * inner + 2 * num_experts,
+        experts=experts,
+    )
 
 
 def swinv2_moe(size: str = "base", *, dtype: str = "float16", **settings: Any) -> Model:

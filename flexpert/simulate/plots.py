@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexpert.core.errors import FlexpertError
+from flexpert.monitor.plots import pyplot
 
 from .step import Step
 
@@ -17,7 +17,7 @@ def timeline(step: Step, path: Path) -> None:
     Raises:
         FlexpertError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = pyplot()
     lanes = [(rank, kind) for rank in step.timelines for kind in ("compute", "communication")]
     figure, axes = plt.subplots(figsize=(11, 1.2 + 0.6 * len(lanes)), layout="constrained")
     names = dict.fromkeys(event.name for line in step.timelines.values() for event in line.events)
@@ -48,7 +48,7 @@ def curves(
         x, y, title: words.
         log: the y axis is logarithmic; the x axis always is, of base 2.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, points in lines.items():
         axes.plot(list(points), list(points.values()), marker="o", label=name)
@@ -66,7 +66,7 @@ def plan_map(
     best: Sequence[Sequence[str]], columns: Sequence[Any], rows: Sequence[Any], path: Path, *, title: str
 ) -> None:
     """Draw which plan is best for tokens (columns) and parameters (rows), as PNG."""
-    plt = _pyplot()
+    plt = pyplot()
     names = sorted({name for row in best for name in row})
     figure, axes = plt.subplots(
         figsize=(1.5 + 0.9 * len(columns), 1.8 + 0.5 * len(rows)), layout="constrained"
@@ -84,14 +84,3 @@ def plan_map(
     )  # fmt: skip
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise FlexpertError("plots need matplotlib: pip install 'flexpert[plots]'") from None
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -146,7 +146,7 @@ def load_checkpoint(
         path: of the checkpoint, `latest_checkpoint` for the newest.
         like: from a tensor's name to one that it is for, or None. Where that is a DTensor of the same shape,
             only this rank's part is read, and the result is a DTensor laid out in the same way (see
-            `state.layout_of`); all other tensors are read whole.
+            `state.layout_of`); where it is on the meta device nothing is; all other tensors are read whole.
         group: the ranks that load together; None for all, or for this process where there is no process
             group. A rank that loads alone gives a group of its own.
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.tensor import DTensor
 
 from flexpert.core.errors import CheckpointError
+from flexpert.parallel.calls import call_of
 from flexpert.parallel.pending import failure
 from flexpert.parallel.together import Ranks
 
@@ -79,15 +80,17 @@ def read_tensors(
         described: `describe(tensor)` of each tensor that must be there, in the order of the result.
         files: names of the verified files; no other is opened.
         like: from a name to a tensor; where that is a DTensor of the same shape, only its parts are read and
-            the result is laid out as it is.
+            the result is laid out as it is. Where that is on the meta device nothing is read, and the result
+            is on it too: another rank has it.
 
     Raises CheckpointError for metadata that holds anything but tensors so described, in these files.
     """
     try:
         reader = _RestrictedReader(path, files)
-        entries = reader.read_metadata().state_dict_metadata
+        metadata = reader.read_metadata().state_dict_metadata
+        entries = {n: entry for n, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
         found = {name: _text(entry.properties.dtype, entry.size) for name, entry in entries.items()}
-        if found != described:
+        if found != described or len(metadata) > len(entries):
             raise pickle.UnpicklingError("its tensors are not those of the manifest")
         tensors = {
             name: _empty(entries[name].size, entries[name].properties.dtype, like and like(name))
@@ -95,7 +98,7 @@ def read_tensors(
         }
         with _plain_errors(None):
             _load_state_dict(
-                tensors,
+                {name: tensor for name, tensor in tensors.items() if not tensor.is_meta},
                 storage_reader=reader,
                 planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 no_dist=True,
@@ -108,7 +111,8 @@ def read_tensors(
 def _empty(shape: torch.Size, dtype: torch.dtype, like: Tensor | None) -> Tensor:
     if isinstance(like, DTensor) and like.shape == shape:
         return torch.empty_like(like, dtype=dtype, requires_grad=False)
-    return torch.empty(shape, dtype=dtype)
+    elsewhere = like is not None and like.is_meta and len(shape) > 0  # scalars are read by all
+    return torch.empty(shape, dtype=dtype, device="meta" if elsewhere else "cpu")
 
 
 def describe(tensor: Tensor) -> str:
@@ -178,7 +182,7 @@ def _plain_errors(ranks: Ranks | None) -> Iterator[None]:
         if ranks is None:
             raise
         # What fails on a rank is told by the wrapper; here a collective did.
-        what = f"a collective of torch.distributed.checkpoint among {ranks.size} ranks failed"
+        what = f"checkpoint save: {call_of(error) or 'a collective'} failed, among {ranks.size} ranks"
         raise failure(what, error, ranks.heartbeat) from error
 
 

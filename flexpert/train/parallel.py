@@ -35,6 +35,7 @@ from flexpert.parallel import (
     time_phases,
 )
 from flexpert.parallel.agree import agree, default_store, default_timeout, versions
+from flexpert.parallel.dense import name_ddp, name_fsdp
 from flexpert.parallel.differentiable import all_reduce
 from flexpert.parallel.group import Group
 from flexpert.parallel.heartbeat import Heartbeat, heartbeat_for
@@ -262,10 +263,12 @@ class ManyRanks(OneRank):
         self.group.heartbeat = self._dense_heartbeat
         if self.layout.dense == "ddp":
             replicate(model)
+            name_ddp(model, self.group)
             return
         assert self.group.process_group is not None
         mesh = DeviceMesh.from_group(self.group.process_group, self.device.type, mesh_dim_names=("rank",))
         fully_shard(model, mesh=mesh)
+        name_fsdp(model)
         accept_full_tensors(model)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from flexpert.parallel.agree import default_timeout
+from flexpert.parallel.mesh import new_group
 from flexpert.parallel.together import Ranks
 
 from .checkpoint import save_checkpoint, write_checkpoint
@@ -52,12 +53,8 @@ class CheckpointSaver:
         self._ranks = Ranks(group)
         if asynchronous and self._ranks.size > 1:
             members = dist.get_process_group_ranks(group or dist.group.WORLD)
-            self._own_group = dist.new_group(
-                members,
-                backend="gloo",
-                use_local_synchronization=True,
-                timeout=default_timeout(dist.distributed_c10d._get_object_coll_device()),
-            )
+            limit = default_timeout(dist.distributed_c10d._get_object_coll_device())
+            self._own_group = new_group(members, limit, "gloo", "checkpoints")
             self._ranks = Ranks(self._own_group)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

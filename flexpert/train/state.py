@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from flexpert.core.errors import CheckpointError
 from flexpert.core.seeding import derive_seed
+from flexpert.parallel.pieces import Pieces
 from flexpert.parallel.state import distribute
 from flexpert.parallel.together import Ranks
 
@@ -38,12 +39,16 @@ def collect_state(
         optimizer: of its parameters.
         group: the ranks that save together; see `save_checkpoint`.
     """
-    ranks = Ranks(group)
-    tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
+    ranks, pieces = Ranks(group), Pieces(model)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        parts = dict(pieces.apart(name, tensor)) if pieces.within(name) else {name: tensor}
+        tensors |= {f"{_MODEL}{part}": value for part, value in parts.items()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            tensors[f"{_OPTIMIZER}{names[parameter]}.{key}"] = value
+            parts = _state_apart(pieces, names[parameter], parameter, value)
+            tensors |= {f"{_OPTIMIZER}{part}.{key}": value for part, value in parts.items()}
     tensors[_random_name(ranks)] = torch.get_rng_state()
     return tensors
 
@@ -67,11 +72,13 @@ def restore_state(
         CheckpointError: names or shapes that differ from this model's; nothing has been changed then, on any
             rank.
     """
-    ranks = Ranks(group)
+    ranks, given = Ranks(group), tensors
     moments: dict[nn.Parameter, dict[str, Tensor]] = {}
     random: list[Tensor] = []
 
     def check() -> None:
+        nonlocal tensors
+        tensors = _joined(model, given)
         moments.update(_moments(model, tensors))
         random.append(_random_state(tensors, ranks))
         strict_load(model, tensors, _MODEL, copy=False)
@@ -108,8 +115,15 @@ def restore_checkpoint(
 
 
 def layout_of(model: nn.Module) -> Like:
-    """From the names of `collect_state` to the model's tensors, for `load_checkpoint`."""
-    own = model.state_dict()
+    """From the names of `collect_state` to the model's tensors, for `load_checkpoint`.
+
+    Those of unlike experts that other ranks hold are on the meta device.
+    """
+    own, pieces = model.state_dict(), Pieces(model)
+    elsewhere = torch.empty(0, device="meta")
+    own |= dict.fromkeys(pieces.places, elsewhere)
+    for name in [name for name in own if pieces.within(name)]:
+        own |= dict(pieces.apart(name, own.pop(name)))
 
     def like(name: str) -> Tensor | None:
         if name.startswith(_OPTIMIZER):
@@ -117,6 +131,54 @@ def layout_of(model: nn.Module) -> Like:
         return own.get(name.removeprefix(_MODEL)) if name.startswith(_MODEL) else None
 
     return like
+
+
+def _state_apart(pieces: Pieces, name: str, parameter: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter by name; of one that unlike experts share, that of each of them."""
+    if not pieces.within(name):
+        return {name: value}
+    parts = dict(pieces.apart(name, parameter))
+    first = {pieces.places[part]: part for part in reversed(parts)}  # tied ones have one state
+    if not value.dim():
+        return {part: value.clone() for part in first.values()}
+    own = dict(pieces.apart(name, value))
+    return {part: own[part] for part in first.values()}
+
+
+def _joined(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors with those of unlike experts put together as this model has them."""
+    pieces, own, result = Pieces(model), model.state_dict(), dict(tensors)
+    for stacked in [name for name in own if pieces.within(name)]:
+        names = [name for name in pieces.within(stacked) if _MODEL + name in result]
+        given = {name: result.pop(_MODEL + name) for name in names}
+        result[_MODEL + stacked] = pieces.join(stacked, own[stacked], given)
+    states: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name in [name for name in result if name.startswith(_OPTIMIZER)]:
+        owner, _, key = name.removeprefix(_OPTIMIZER).rpartition(".")
+        if owner in pieces.places:
+            states.setdefault((pieces.places[owner].stacked, key), {})[owner] = result.pop(name)
+    for (stacked, key), values in states.items():
+        joined = _state_joined(pieces, stacked, own[stacked], key, values)
+        result[f"{_OPTIMIZER}{stacked}.{key}"] = joined
+    return result
+
+
+def _state_joined(pieces: Pieces, stacked: str, like: Tensor, key: str, values: dict[str, Tensor]) -> Tensor:
+    shapes = {name: pieces.places[name].shape for name in values}
+    if key == "step" or any(not value.dim() and shapes[name] for name, value in values.items()):
+        if len({float(value) for value in values.values()}) > 1:
+            raise CheckpointError(
+                f"the optimiser's {key!r} differs between the experts in {stacked}, which have one here: "
+                f"some had no rows in steps of an older version; go on without ranks, or without moments"
+            )
+        return next(iter(values.values()))
+    by_place = {pieces.places[name]: value for name, value in values.items()}
+    every = {
+        name: by_place[pieces.places[name]]
+        for name in pieces.within(stacked)
+        if pieces.places[name] in by_place
+    }
+    return pieces.join(stacked, like, every)
 
 
 def _moments(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[nn.Parameter, dict[str, Tensor]]:

@@ -46,7 +46,8 @@ def load_python_source(folder: str | None = None) -> TextDataset:
         InputError: no such folder, or too little text in it.
     """
     if folder is None:
-        root, suffixes = Path(sysconfig.get_path("stdlib")), SUFFIXES[:1]
+        suffixes: tuple[str, ...] = SUFFIXES[:1]
+        root = Path(sysconfig.get_path("stdlib"))
         source = f"the standard library of Python {platform.python_version()}"
     else:
         root, suffixes, source = Path(folder).expanduser(), SUFFIXES, folder

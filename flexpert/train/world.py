@@ -70,7 +70,7 @@ class World:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type != "cuda" or self.size == 1:
             return device
-        if device.index is not None:
+        if ":" in str(device):
             raise ConfigError(
                 f"device={name!r} on {self.size} ranks: give 'cuda'; each rank takes its own GPU"
             )

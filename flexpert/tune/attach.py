@@ -1,4 +1,4 @@
-"""Putting a tuner into a model that is laid out over ranks."""
+"""Putting a tuner into a model, laid out over ranks or whole on one."""
 
 from __future__ import annotations
 
@@ -19,20 +19,29 @@ from flexpert.ops.cpu.processor import processor
 from flexpert.parallel import ExpertMesh, ExpertParallel
 from flexpert.parallel.agree import agree
 from flexpert.parallel.together import Ranks
+from flexpert.transport import LocalTransport
 
-from .cost import candidates, predict
+from . import one_rank
+from .cost import Predictor, candidates
 from .dictionary import Dictionary
 from .gather import Gatherer
 from .machine import Machine
 from .tuner import CostFunction, TunedLayer, Tuner
-from .workload import LayerShape, Workload
+from .workload import DTYPES, LayerShape, Workload
 
 
-def cost_of(machine: Machine) -> CostFunction:
-    """The cost function of a machine: forward and backward of a call."""
+def cost_of(machine: Machine | None = None) -> CostFunction:
+    """The cost function of a machine: forward and backward of a call.
+
+    None, for one rank alone: what its plans compute, which is all that a model knows of them.
+    """
+    if machine is None:
+        return one_rank.work_of
+
+    predictor = Predictor(machine)
 
     def cost(shape: LayerShape, plan: ExecutionPlan, workload: Workload) -> float:
-        return predict(shape, plan, workload, machine).seconds
+        return predictor(shape, one_rank.plain(plan), workload) * one_rank.extra_work(shape, plan)
 
     return cost
 
@@ -47,11 +56,12 @@ def attach(
 ) -> list[str]:
     """Let a tuner choose the plans of a model's MoE layers where a call brings none, or "auto".
 
-    All ranks call it alike, after `flexpert.parallel.parallelize`. Layers whose experts the cost model does
-    not know (modules of one's own, for example) keep their plan.
+    All ranks call it alike, after `flexpert.parallel.parallelize`; one process may do without that: there the
+    tuner chooses among capacity modes and kernels. Layers whose experts the cost model does not know (modules
+    of one's own, for example) keep their plan.
 
     Args:
-        model: laid out over a mesh.
+        model: laid out over a mesh, or whole.
         tuner: new; one for each model.
         machine: facts about it, which must be the same for what was learnt before to hold; those of
             `machine_facts` are added.
@@ -62,10 +72,12 @@ def attach(
         The names of the tuned layers.
 
     Raises:
-        ConfigError: no layer to tune, or layers on several meshes.
+        ConfigError: no layer to tune, layers on several meshes, or several ranks without a mesh.
         DistributedError: the ranks' calls differ.
     """
     transports = _transports(model)
+    if not transports and Ranks().size == 1:
+        return _attach_alone(model, tuner, dict(machine or {}), dictionary, dtype)
     if not transports:
         raise ConfigError(
             f"{type(model).__name__} has no MoE layer laid out over ranks; call "
@@ -95,12 +107,38 @@ def attach(
     return list(layers)
 
 
-def place_of(mesh: ExpertMesh) -> dict[str, Any]:
-    """Facts of ranks and machine that knowledge about plans depends on."""
+def _attach_alone(
+    model: nn.Module,
+    tuner: Tuner,
+    machine: dict[str, Any],
+    dictionary: Path | None,
+    dtype: torch.dtype | None,
+) -> list[str]:
+    """`attach` for the only process."""
+    found = one_rank.local_layers(model)
+    layers = {name: tuned for name, (t, bank) in found.items() if (tuned := _tuned(t, bank, dtype))}
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} has no MoE layer with a bank of equal experts (mlp, glu) that can be "
+            f"computed in several ways"
+        )
+    sizes = {name: layer.shape.num_experts for name, layer in layers.items()}
+    tuner.connect(layers, {**place_of(None), **machine}, Gatherer(one_rank.group_of_one(), sizes))
+    if dictionary is not None:
+        tuner.dictionary.take(Path(dictionary), tuner.settings.limits)
+    for name in layers:
+        transport, _ = found[name]
+        transport.chooser, transport.plan = tuner, "auto"
+    return list(layers)
+
+
+def place_of(mesh: ExpertMesh | None) -> dict[str, Any]:
+    """Facts of ranks and machine that knowledge about plans depends on; None: of one process."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    alone = {"ranks": 1, "ranks_per_node": 1, "threads": torch.get_num_threads()}
+    ranks = {} if mesh is None else {"ranks": mesh.everyone.size, "ranks_per_node": mesh.ranks_per_node}
     return {
-        "ranks": mesh.everyone.size,
-        "ranks_per_node": mesh.ranks_per_node,
+        **(ranks or alone),
         "processor": processor()[0],
         "cores": os.cpu_count(),
         "gpu": gpu,
@@ -114,8 +152,8 @@ def digest_of(machine: Machine) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def dictionary_path(mesh: ExpertMesh, machine: Mapping[str, Any] | None = None) -> Path:
-    """The file for such ranks in the user's cache: tune/<digest of the place>.json."""
+def dictionary_path(mesh: ExpertMesh | None, machine: Mapping[str, Any] | None = None) -> Path:
+    """The file for such ranks in the user's cache: tune/<digest of the place>.json; None: one process."""
     text = json.dumps({**place_of(mesh), **dict(machine or {})}, sort_keys=True)
     return cache_folder() / "tune" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
@@ -138,24 +176,31 @@ def _transports(model: nn.Module) -> dict[str, tuple[ExpertParallel, Any]]:
     return {m.transport.name: (m.transport, m.experts) for m in found}
 
 
-def _tuned(transport: ExpertParallel, experts: Any, dtype: torch.dtype | None) -> TunedLayer | None:
-    """What the tuner needs to know of a layer; None where the model knows none of its banks."""
-    found: tuple[int, LayerShape, slice] | None = None
+def _tuned(
+    transport: ExpertParallel | LocalTransport, experts: Any, dtype: torch.dtype | None
+) -> TunedLayer | None:
+    """What the tuner needs to know of a layer; None where there is nothing to choose, or nobody knows how."""
+    found: tuple[int, LayerShape, slice, Any] | None = None
     first = 0
     for bank in experts.groups().values():
         place = slice(first, first + bank.num_experts)
         first = place.stop
-        if not bank.remote or not hasattr(bank, "hidden_dim"):
+        if not bank.remote or not hasattr(bank, "hidden_dim") or getattr(bank, "w1", None) is None:
             continue
-        shape = LayerShape.of(transport.mesh, bank, dtype=dtype, verify=transport.verify)
+        if isinstance(transport, LocalTransport):
+            shape = one_rank.shape_of(bank, dtype)
+        else:
+            shape = LayerShape.of(transport.mesh, bank, dtype=dtype, verify=transport.verify)
         size = shape.num_experts * shape.params_per_expert
         if found is None or size > found[0]:
-            found = size, shape, place
+            found = size, shape, place, bank
     if found is None:
         return None
-    _, shape, place = found
-    plans = tuple(plan for plan in candidates(shape) if _runs(transport, experts, plan))
-    return TunedLayer(shape, place, plans)
+    _, shape, place, bank = found
+    if not isinstance(transport, LocalTransport):
+        return TunedLayer(shape, place, tuple(p for p in candidates(shape) if _runs(transport, experts, p)))
+    plans = one_rank.plans_of(transport, experts, bank, DTYPES[shape.dtype])
+    return TunedLayer(shape, place, tuple(plans)) if len(plans) > 1 else None
 
 
 def _runs(transport: ExpertParallel, experts: Any, plan: ExecutionPlan) -> bool:

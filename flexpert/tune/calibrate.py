@@ -5,6 +5,7 @@ Letters: W ranks, N nodes, L ranks of each.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -22,8 +23,10 @@ from flexpert.ops.cpu.build import cache_folder
 from flexpert.parallel.mesh import ExpertMesh, expert_mesh
 
 from . import probes
+from .fit import fitted
 from .links import Links
 from .machine import Link, Machine, Overheads, Rate
+from .placed import observe
 from .probes import Stopwatch
 from .workload import DTYPES
 
@@ -71,22 +74,25 @@ def calibrate(
     bandwidth = 2 * 2**24 / watch.alone([probes.copy(2**24)])[0]
     overheads = _overheads(watch, model_dim, DTYPES[dtypes[0]])
     links = Links(mesh, watch, contention).measure() if world > 1 else _one_rank(bandwidth)
-    facts = _facts(mesh) | {"seconds": round(time.perf_counter() - began, 1)}
     machine = Machine(
-        name=name or f"{facts['cpu']}, {facts['nodes']} x {facts['ranks_per_node']} ranks",
+        name=name,
         inside=links["inside"],
         between=links["between"],
         rates={dtype: rate for dtype, (rate, _) in found.items()},
         memory_bandwidth=bandwidth,
-        overheads=Overheads(**overheads, collective=links["collective"], relay=links["relay"]),
+        overheads=Overheads(**overheads, collective=links["collective"], relay=links["collective"]),
         processors=processors,
         sharing=world,
-        overlap=links["overlap"],
+        overlap=0.5 if world > 1 else 1.0,
         reduce_scatter=links["reduce_scatter"],
         memory=_memory(world),
-        facts=facts,
     )
-    return _agreed(mesh, machine)
+    if world > 1:
+        observations = observe(mesh, watch, DTYPES[dtypes[0]], model_dim, hidden_dim)
+        if mesh.everyone.rank == 0:  # alone on the processors
+            machine = fitted(machine, observations)
+    facts = _facts(mesh) | {"seconds": round(time.perf_counter() - began, 1)}
+    return _agreed(mesh, dataclasses.replace(machine, name=name or _name(facts), facts=facts))
 
 
 def _rate(watch: Stopwatch, dtype: torch.dtype, model_dim: int, hidden_dim: int) -> tuple[Rate, float]:
@@ -164,10 +170,12 @@ def _one_rank(bandwidth: float) -> dict[str, Any]:
         "inside": link,
         "between": link,
         "collective": 0.0,
-        "relay": 0.0,
-        "overlap": 1.0,
         "reduce_scatter": 1.0,
     }
+
+
+def _name(facts: dict[str, Any]) -> str:
+    return f"{facts['cpu']}, {facts['nodes']} x {facts['ranks_per_node']} ranks"
 
 
 def _facts(mesh: ExpertMesh) -> dict[str, Any]:

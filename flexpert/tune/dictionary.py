@@ -22,11 +22,17 @@ from flexpert.core.errors import ConfigError, FlexpertError
 from flexpert.core.plan import ExecutionPlan
 
 from .bucket import Bucket
+from .race import Race
 from .search import Candidate, Limits, Search
 from .workload import LayerShape
 
 FORMAT, VERSION = "flexpert tuner", 1
 Key = tuple[LayerShape, Bucket]
+
+
+def search_for(shape: LayerShape) -> type[Search]:
+    """How the plans of a layer are searched: on one rank they are few, and differ little."""
+    return Race if shape.world == 1 else Search
 
 
 @dataclass
@@ -64,13 +70,15 @@ class Entry:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], limits: Limits | None = None) -> Entry:
+    def from_dict(
+        cls, data: Mapping[str, Any], limits: Limits | None = None, kind: type[Search] = Search
+    ) -> Entry:
         """An entry from plain data; only what cannot be derived is read."""
         found = [
             Candidate(ExecutionPlan.from_dict(c["plan"]), _number(c["predicted"])) for c in data["candidates"]
         ]
         hints = [ExecutionPlan.from_dict(plan) for plan in data["hints"]]
-        search = Search(found, limits, hints, first=found[0].plan)
+        search = kind(found, limits, hints, first=found[0].plan)
         for place, seconds, context in data["samples"]:
             if not 0 <= place < len(found):
                 raise ConfigError(f"a sample of candidate {place!r} of {len(found)}")
@@ -148,7 +156,7 @@ class Dictionary:
             result = cls(data["place"], int(data["rows_per_bucket"]))
             for item in data["entries"]:
                 key = LayerShape.from_dict(item["shape"]), Bucket.from_dict(item["bucket"])
-                result.entries[key] = Entry.from_dict(item, limits)
+                result.entries[key] = Entry.from_dict(item, limits, search_for(key[0]))
         except (LookupError, TypeError, ValueError, FlexpertError) as error:
             raise ConfigError(f"it is damaged ({type(error).__name__}: {error})") from error
         return result

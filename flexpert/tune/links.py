@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from flexpert.core.errors import ConfigError
 from flexpert.parallel.mesh import ExpertMesh
 
 from . import probes
+from .least_squares import nonnegative
 from .machine import Link
 from .probes import Stopwatch
 
@@ -57,7 +56,7 @@ class Links:
             ),
         }
         links: dict[str, Link] = {}
-        found: dict[str, Any] = {"collective": collective, "relay": self._relay(), "overlap": 1.0}
+        found: dict[str, Any] = {"collective": collective}
         ratio = 1.0
         for name, group, local in (("inside", self.inside, 1), ("between", self.mesh.whole, self.local)):
             if getattr(self, name).size == 1:
@@ -73,7 +72,6 @@ class Links:
                 ring_bandwidth=ring,
                 concurrency=max(1.0, several / bandwidth),
             )
-            found["overlap"] = self._overlap(group, size)
         only = next(iter(links.values()))
         return found | {
             "inside": links.get("inside", only),
@@ -100,25 +98,13 @@ class Links:
             (self.mesh.whole, self.local - 1, self.local * (self.nodes - 1)),
         ]
         groups = [group for group in groups if group[0].size > 1]
-        times = self.watch.together([probes.exchange(group, SMALL) for group, _, _ in groups])
+        calls = [probes.exchange(group, SMALL) for group, _, _ in groups]
+        times = self.watch.together(calls, 3 * self.watch.repeats)
         for (_, inside, between), seconds in zip(groups, times, strict=True):
             equations.append([1.0, float(inside), float(between)])
             values.append(max(0.0, seconds - latency["between" if between else "inside"]) / self.contention)
         collective, near, far = nonnegative(equations, values)
         return collective, {"inside": near, "between": far}
-
-    def _relay(self) -> float:
-        """By which a hierarchical exchange of a rank alone takes longer than its messages."""
-        if self.local == 1 or self.nodes == 1:
-            return 0.0
-        whole, *phases = self.watch.together(
-            [
-                probes.hierarchical(self.mesh),
-                probes.exchange(self.inside, SMALL),
-                probes.exchange(self.between, SMALL),
-            ]
-        )
-        return max(0.0, whole - sum(phases)) / self.contention
 
     def _bandwidth(self, group: Any, fixed: float, share: float) -> tuple[float, float, int]:
         """(bytes per second of one exchange, of four at once, bytes that a rank sent)."""
@@ -143,30 +129,3 @@ class Links:
         steps = group.size - 1
         moved = steps * part / max(gathered - tiny, gathered / 2)
         return tiny / steps, moved, max(1.0, scattered / gathered)
-
-    def _overlap(self, group: Any, size: int) -> float:
-        """The share of the shorter of products and an exchange that hides behind the longer."""
-        forward = probes.products(torch.float32, 256, 1024, [256])[0][0]
-        send = probes.exchange(group, size)
-        computes, sends = self.watch.together([forward, send], 3)
-        times = max(1, round(sends / computes))
-
-        def compute() -> None:
-            for _ in range(times):
-                forward()
-
-        alone, both = self.watch.together([compute, probes.during(group, size, compute)], 3)
-        return min(1.0, max(0.0, (alone + sends - both) / min(alone, sends)))
-
-
-def nonnegative(equations: list[list[float]], values: list[float]) -> list[float]:
-    """The least-squares solution without negative numbers: what would be negative is 0."""
-    matrix = torch.tensor(equations, dtype=torch.float64)
-    free = matrix.abs().sum(0) > 0
-    while True:
-        solution = torch.zeros(matrix.shape[1], dtype=torch.float64)
-        target = torch.tensor(values, dtype=torch.float64)[:, None]
-        solution[free] = torch.linalg.lstsq(matrix[:, free], target, driver="gelsd").solution[:, 0]
-        if (solution >= 0).all():
-            return [float(value) for value in solution]
-        free = free & (solution > 0)

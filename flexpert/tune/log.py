@@ -74,15 +74,17 @@ class PlanLog:
 
 
 def _text(plan: ExecutionPlan) -> str:
-    return f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity} {plan.codec}"
+    kernel = "" if plan.kernel == "auto" else f" {plan.kernel}"
+    return f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity} {plan.codec}{kernel}"
 
 
 def _plan(text: str) -> ExecutionPlan:
-    r, degree, algorithm, capacity, codec = text.split()
+    r, degree, algorithm, capacity, codec, *kernel = text.split()
     return ExecutionPlan(
         r=int(r.removeprefix("r=")),
         degree=int(degree.removeprefix("degree=")),
         algorithm=algorithm,
         capacity=capacity,
         codec=codec,
+        kernel=kernel[0] if kernel else "auto",
     )

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from flexpert.core.errors import ConfigError
 from flexpert.core.registry import check_options
 
@@ -67,6 +70,14 @@ class Rate:
                     f"rate: {name}={list(values)}, expected {len(self.rows)} numbers > 0, as of rows"
                 )
 
+    def slower(self, factor: float) -> Rate:
+        """The rates by which everything takes `factor` times as long."""
+        return Rate(
+            rows=self.rows,
+            forward=tuple(value / factor for value in self.forward),
+            backward=tuple(value / factor for value in self.backward),
+        )
+
     def seconds(self, rows: float, flops: float, *, backward: bool = False) -> float:
         """Of so many rows of one expert: between points linear in rows, so that the weights' time counts.
 
@@ -89,6 +100,20 @@ class Rate:
         share = (rows - self.rows[i - 1]) / (self.rows[i] - self.rows[i - 1])
         return flops * (times[i - 1] + (times[i] - times[i - 1]) * share)
 
+    def seconds_of(self, rows: Tensor, flops: float, *, backward: bool = False) -> Tensor:
+        """As `seconds`, of many numbers of rows at once: float64, of the shape of `rows`."""
+        values = torch.tensor(self.backward if backward else self.forward, dtype=torch.float64)
+        knots = torch.tensor(self.rows, dtype=torch.float64)
+        times = knots / values
+        if len(knots) == 1:
+            found = times * (rows / knots).clamp(min=1.0)
+        else:
+            i = torch.bucketize(rows, knots).clamp(1, len(knots) - 1)
+            slope = (times[i] - times[i - 1]) / (knots[i] - knots[i - 1])
+            found = times[i - 1] + slope * (rows.clamp(min=float(knots[0])) - knots[i - 1])
+            found = torch.where(rows > knots[-1], rows / values[-1], found)
+        return flops * torch.where(rows > 0, found, 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Overheads:
@@ -99,6 +124,8 @@ class Overheads:
         chunk, chunk_backward: of each chunk of rows after the first: indices, splits, calls.
         token, token_backward: of the router, for each token.
         row, row_backward: of gathering, sorting and combining, for each byte of a row.
+        cut, cut_backward: of picking rows for chunks, or for several ranks each, and putting them back, for
+            each byte that is sent.
         collective: of issuing one collective and waiting for it.
         relay: of a hierarchical exchange, over its messages: sorting rows for its second phase.
     """
@@ -111,6 +138,8 @@ class Overheads:
     token_backward: float = 0.0
     row: float = 0.0
     row_backward: float = 0.0
+    cut: float = 0.0
+    cut_backward: float = 0.0
     collective: float = 0.0
     relay: float = 0.0
 
@@ -133,8 +162,8 @@ class Machine:
         sharing: ranks that share the processors.
         overlap: the share of the shorter of computation and communication that hides behind the longer where
             both go on at once; 0 to 1.
-        reduce_scatter: bytes on the links for each byte of a plain reduce-scatter; 2 where the backend makes
-            an all-reduce of it, as gloo does.
+        reduce_scatter: the time of a reduce-scatter over that of an all-gather; 2 where the backend makes an
+            all-reduce of it, as gloo by itself does.
         memory: bytes of one rank's device; 0: unknown.
         facts: what it was measured on, or where the numbers are from.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexpert import ops
 from flexpert.core.config import MoEConfig
@@ -39,17 +39,23 @@ class Stopwatch:
 
     def together(self, calls: Sequence[Call], repeats: int | None = None) -> list[float]:
         """Median seconds of each, in turns; all ranks do it at once, the slowest counts."""
-        times: list[list[float]] = [[] for _ in calls]
+        return [total for _, total in self.laps(calls, repeats)]
+
+    def laps(self, calls: Sequence[Call], repeats: int | None = None) -> list[tuple[float, float]]:
+        """The same, and before it the median of what each call returns: the time at some point of it."""
+        times: list[list[list[float]]] = [[] for _ in calls]
         for repeat in range((repeats or self.repeats) + 1):
             for place, call in enumerate(calls):
                 self.everyone.barrier()
                 began = time.perf_counter()
-                call()
-                took = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+                lap = call()
+                ended = time.perf_counter()
+                first = lap - began if isinstance(lap, float) else 0.0
+                took = torch.tensor([first, ended - began], dtype=torch.float64)
                 self.everyone.all_reduce(took, "max")
                 if repeat:  # the first is for what is done once
-                    times[place].append(float(took))
-        return [statistics.median(values) for values in times]
+                    times[place].append(took.tolist())
+        return [(statistics.median(a for a, _ in v), statistics.median(b for _, b in v)) for v in times]
 
     def alone(self, calls: Sequence[Call], repeats: int | None = None) -> list[float]:
         """As `together`, on the first rank while the others wait."""
@@ -63,7 +69,7 @@ def products(
     """(forward, backward) of one expert's operator, as a layer calls it, for each number of rows."""
     w1 = torch.randn(1, hidden_dim, model_dim).mul_(0.02).to(dtype).requires_grad_()
     w2 = torch.randn(1, model_dim, hidden_dim).mul_(0.02).to(dtype).requires_grad_()
-    found = []
+    found: list[tuple[Call, Call]] = []
     for number in rows:
         x = torch.randn(number, model_dim).to(dtype).requires_grad_()
         unit, counts = torch.arange(number), torch.tensor([number])
@@ -95,7 +101,8 @@ class OneRankLayer:
         rank = dist.get_rank()
         mesh = expert_mesh(experts, ranks=[rank], heartbeat=0)
         config = MoEConfig(model_dim=model_dim, hidden_dim=hidden_dim, num_experts=experts)
-        self.layer: nn.Module = parallelize(MoE(config).to(dtype), mesh)
+        self.layer = MoE(config).to(dtype)
+        parallelize(self.layer, mesh)
         self.x = torch.randn(tokens, model_dim).to(dtype).requires_grad_()
         self.y: Tensor
 
@@ -129,28 +136,6 @@ def exchange(group: Group, size: int, flights: int = 1) -> Call:
     def call() -> None:
         for pending in [group.all_to_all(output, x, async_op=True) for output in outputs]:
             pending.wait()
-
-    return call
-
-
-def hierarchical(mesh: ExpertMesh) -> Call:
-    """An exchange of a few rows by way of the ranks of the node."""
-    algorithm, world = mesh.algorithms["2dh"], mesh.whole.size
-    splits = algorithm.known(torch.ones(world, world, 1, dtype=torch.int64))
-    rows = torch.ones(world, 16)
-    return lambda: algorithm.start(rows, splits).wait()
-
-
-def during(group: Group, size: int, compute: Call) -> Call:
-    """An all-to-all under way while something is computed."""
-    each = max(1, size // (4 * group.size))
-    x = torch.ones(each * group.size)
-    output = torch.empty_like(x)
-
-    def call() -> None:
-        pending = group.all_to_all(output, x, async_op=True)
-        compute()
-        pending.wait()
 
     return call
 

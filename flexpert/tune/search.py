@@ -143,6 +143,7 @@ class Search:
         self.hints = [plan for plan in hints if plan in self._place]
         self.samples: list[Sample] = []
         self._standing: Standing | None = None
+        self._asked: tuple[Standing, int | None] | None = None
 
     def record(self, plan: ExecutionPlan, seconds: float, context: int = 0) -> None:
         """Add a measurement of one of the candidates; of another plan, or of a settled search, it is no use.
@@ -231,6 +232,12 @@ class Search:
         return min(scores, key=lambda i: (scores[i], i))
 
     def _wanted(self, standing: Standing) -> int | None:
+        """The candidate to measure next; worked out once after each measurement."""
+        if self._asked is None or self._asked[0] is not standing:
+            self._asked = standing, self._missing(standing)
+        return self._asked[1]
+
+    def _missing(self, standing: Standing) -> int | None:
         if standing.trials >= self.limits.trials:
             return None
         try:
@@ -297,10 +304,10 @@ class Search:
 
 def describe(plan: ExecutionPlan) -> str:
     """A plan in a few words."""
+    more = "".join(f" {word}" for word in (plan.codec, plan.kernel) if word not in ("none", "auto"))
     if plan.r == 0:
-        return "r=0"
-    codec = "" if plan.codec == "none" else f" {plan.codec}"
-    return f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity}{codec}"
+        return f"r=0{more}"
+    return f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity}{more}"
 
 
 def _ends(first_of: dict[int, int]) -> dict[int, int]:

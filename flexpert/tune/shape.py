@@ -150,7 +150,7 @@ class LayerShape:
         """Floating-point operations of an expert's matrix products for one row, forward."""
         return 2 * self.hidden_dim * (self.inputs * self.model_dim + self.output_dim)
 
-    @property
+    @cached_property
     def legal_r(self) -> tuple[int, ...]:
         """The values of r that a plan may have: 0 and the divisors of S."""
         return self.grid.legal_r
@@ -164,6 +164,11 @@ class LayerShape:
             slices=self.slices,
             ranks_per_node=self.ranks_per_node,
         )
+
+    @cached_property
+    def local_ranks(self) -> int | None:
+        """Ranks of a replica on each node it lies on; None where these differ."""
+        return self.grid.places_per_node()
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:

@@ -1,108 +1,83 @@
-"""The time of one call, phase by phase, in the order in which a call goes through them.
-
-Letters: P ranks of a replica, E experts, e of them on one rank, B slices of a block.
-"""
+"""The time of one call, phase by phase, in the order in which a call goes through them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from functools import lru_cache
 
 from flexpert.core.plan import ExecutionPlan
-from flexpert.parallel.predict import Transfer, averaging_group, counts_on_wire, gathering_group
-from flexpert.parallel.rows import RowTraffic
+from flexpert.parallel.predict import wire_bytes
 
 from .collectives import Clock
-from .machine import Machine
 from .pipeline import pipeline
-from .workload import LayerShape, Workload
+from .volumes import Volumes
+from .workload import DTYPES, Workload
 
 
-def time_of(
-    shape: LayerShape,
-    plan: ExecutionPlan,
-    workload: Workload,
-    machine: Machine,
-    transfers: Sequence[Transfer],
-    *,
-    backward: bool = True,
-) -> tuple[dict[str, float], float]:
-    """(seconds by phase, seconds of the call); phases of a pipeline overlap."""
-    clock, overheads = Clock(shape, machine), machine.overheads
-    parts: defaultdict[str, float] = defaultdict(float)
-    hidden = 0.0  # by which the pipelines are shorter than the sum of their phases
-    computed_PC = computed_rows(shape, plan, workload)
-    sent, computed = (float(rows.sum(1).double().mean()) for rows in (workload.rows_PE, computed_PC))
-    for transfer in transfers:
-        if transfer.name == "counts":
-            # With `verify` the first message goes directly.
-            first = "linear" if shape.verify and not parts["counts"] else plan.algorithm
-            parts["counts"] += clock.exchange(transfer, transfer, first)
-    _add_parameters(parts, shape, plan, machine, transfers)
-    for reverse in (False, True) if backward else (False,):
-        call, chunk, token = (
-            (overheads.call_backward, overheads.chunk_backward, overheads.token_backward)
-            if reverse
-            else (overheads.call, overheads.chunk, overheads.token)
-        )
-        chunks = plan.degree - 1 if plan.r else 0
-        parts["router"] += clock.everyone(token * workload.tokens)
-        parts["calls"] += clock.everyone(call + chunks * chunk)
-        parts["rows"] += clock.rows(sent * max(plan.r, 1), computed, reverse)
-        compute = clock.products(computed_PC, plan, reverse) + (clock.sums(plan) if reverse else 0.0)
-        parts["experts"] += compute
-        if plan.r == 0:
-            continue
-        there, back = (
-            next(t for t in transfers if (t.name, t.backward) == (name, reverse))
-            for name in ("dispatch", "combine")
-        )
-        times = [clock.exchange(a, b, plan.algorithm, plan.degree) for a, b in ((there, back), (back, there))]
-        parts["dispatch"] += times[0]
-        parts["combine"] += times[1]
-        hidden += sum(times) + compute - pipeline(times[0], compute, times[1], plan.degree, machine.overlap)
-    return dict(parts), sum(parts.values()) - hidden
+class Times:
+    """Times of one load of a layer under every plan; what plans have in common is computed once.
 
+    Args:
+        clock: of the layer on a machine.
+        workload: its rows.
+        volumes: of it, where they were counted before.
+    """
 
-def _add_parameters(
-    parts: dict[str, float],
-    shape: LayerShape,
-    plan: ExecutionPlan,
-    machine: Machine,
-    transfers: Sequence[Transfer],
-) -> None:
-    """Gathering parameters, reducing their gradients, averaging these."""
-    clock = Clock(shape, machine)
-    passes_of = {
-        "gather": 1.0,
-        "scatter": machine.reduce_scatter,
-        "average": 2.0,
-    }
-    for name, passes in passes_of.items():
-        of_name = [transfer for transfer in transfers if transfer.name == name]
-        for part, transfer in zip(shape.parts, of_name, strict=False):
-            if name == "average":
-                group_W = averaging_group(shape.grid, part)
-            else:
-                group_W = gathering_group(shape.grid, part, plan.r)
-            size = int((group_W == group_W[0]).sum())
-            if size == 1:
+    def __init__(self, clock: Clock, workload: Workload, volumes: Volumes | None = None) -> None:
+        self.clock, self.workload = clock, workload
+        self.volumes = Volumes(clock.shape, workload) if volumes is None else volumes
+        self._experts = lru_cache(maxsize=None)(self._products)
+        self._travels = lru_cache(maxsize=None)(self._travel)
+
+    def of(self, plan: ExecutionPlan, *, backward: bool = True) -> tuple[dict[str, float], float]:
+        """(seconds by phase, seconds of the call); phases of a pipeline overlap."""
+        clock, volumes = self.clock, self.volumes
+        overheads = clock.machine.overheads
+        parts: defaultdict[str, float] = defaultdict(float)
+        parts["counts"] = clock.counts(plan.r > 0, plan.algorithm, plan.capacity, self.workload.capacity)
+        of_parameters = clock.parameters(plan.r)
+        for name in ("gather", "scatter", "average") if backward else ("gather",):
+            parts[name] = of_parameters[name]
+        computed = float(volumes.computed(plan.r, plan.capacity).sum(1).double().mean())
+        hidden = 0.0  # by which the pipelines are shorter than the sum of their phases
+        for reverse in (False, True) if backward else (False,):
+            call, chunk, token = (
+                (overheads.call_backward, overheads.chunk_backward, overheads.token_backward)
+                if reverse
+                else (overheads.call, overheads.chunk, overheads.token)
+            )
+            chunks = plan.degree - 1 if plan.r else 0
+            parts["router"] += clock.everyone(token * self.workload.tokens)
+            parts["calls"] += clock.everyone(call + chunks * chunk)
+            cut = plan.r > 1 or (plan.r == 1 and plan.degree > 1)
+            parts["rows"] += clock.rows(volumes.sent * max(plan.r, 1), computed, cut, reverse)
+            experts = self._experts(plan.r, plan.degree, plan.capacity, reverse)
+            parts["experts"] += experts
+            if plan.r == 0:
                 continue
-            parts[name] += clock.collective(transfer, group_W, passes)
-            if name != "average":  # joined from the parts that arrive, or cut and sorted into them
-                parts[name] += clock.copy(4 * size * part.numel * part.itemsize)
+            ways = self._travels(plan.r, plan.capacity, plan.algorithm, plan.degree, plan.codec)
+            dispatch, combine = ways[::-1] if reverse else ways
+            parts["dispatch"] += dispatch
+            parts["combine"] += combine
+            hidden += dispatch + experts + combine
+            # What messages cost of a shared processor hides nothing.
+            busy = clock.busy_sending(plan.algorithm, plan.degree)
+            there, back = max(dispatch - busy, 0.0), max(combine - busy, 0.0)
+            hidden -= dispatch - there + combine - back
+            hidden -= pipeline(there, experts, back, plan.degree, clock.machine.overlap)
+        return dict(parts), sum(parts.values()) - hidden
 
+    def _products(self, r: int, degree: int, capacity: str, reverse: bool) -> float:
+        plan = ExecutionPlan(r=r, degree=degree, capacity=capacity)
+        rows_PC = self.volumes.computed(r, capacity)
+        return self.clock.products(rows_PC, plan, reverse) + (self.clock.sums(plan) if reverse else 0.0)
 
-def computed_rows(shape: LayerShape, plan: ExecutionPlan, workload: Workload) -> Tensor:
-    """int64 (P, e) for r >= 1, (P, E) for r = 0: rows that each rank computes for each of its experts."""
-    if plan.r == 0:
-        return workload.rows_PE
-    rows_PE = counts_on_wire(workload.rows_PE, plan, workload.capacity)
-    block = shape.slices // plan.r
-    rows_BE = RowTraffic.by_class(rows_PE, block)
-    place_P = torch.arange(shape.ranks)
-    rows_BXe = rows_BE.unflatten(1, (shape.expert_ranks, -1))
-    return rows_BXe[place_P % shape.slices % block, place_P // shape.slices]
+    def _travel(self, r: int, capacity: str, algorithm: str, degree: int, codec: str) -> tuple[float, float]:
+        """Of rows as wide as the model, and as the results."""
+        shape = self.clock.shape
+        rows = self.volumes.exchanged(r, capacity, algorithm)
+        sizes = [
+            wire_bytes(width, DTYPES[shape.dtype], codec) for width in (shape.model_dim, shape.output_dim)
+        ]
+        there, back = (self.clock.exchange(rows.times(size), algorithm, degree) for size in sizes)
+        return there, back

@@ -24,18 +24,20 @@ from flexpert.core.plan import ExecutionPlan
 from flexpert.core.recomputing import recomputing
 
 from .bucket import ROWS_PER_BUCKET, Bucket
-from .dictionary import Dictionary, Entry, Key
+from .dictionary import Dictionary, Entry, Key, search_for
 from .drift import Drift
 from .gather import Gatherer, News, Seen
 from .log import PlanLog, Plans
 from .report import report
-from .search import Limits, Search, corrected, describe
+from .search import Candidate, Limits, corrected, describe
 from .shortlist import shortlist
 from .workload import LayerShape, Workload
 
 _log = logging.getLogger("flexpert")
 
 CostFunction = Callable[[LayerShape, ExecutionPlan, Workload], float]  # predicted seconds of a call
+_CALM, _SELDOM = 8, 4  # after so many sums that brought nothing new only every so many steps has one
+_FEW = 8  # plans, all of which are predicted
 _SKIPPED = 2  # first steps of a run, which allocate and warm up, are not measured
 
 
@@ -137,6 +139,7 @@ class Tuner:
         self._initial = ExecutionPlan() if initial is None else initial
         self._gatherer: Gatherer | None = None
         self._known: dict[str, Seen] = {}
+        self._calm = 0  # sums in a row that brought nothing new
         self._drifts: dict[Key, Drift] = {}
         self._now: _Step | None = None
         self._last: _Step | None = None
@@ -168,7 +171,7 @@ class Tuner:
         if self._now is not None:
             raise ConfigError("tuner.step() inside tuner.step(): a step has no step in it")
         number = self.steps if number is None else number
-        self._gatherer.begin()
+        self._gatherer.begin(self._calm < _CALM or self.steps % _SELDOM == 0)
         self._now = self._choose(number)
         self._plans.update(self._now.plans)
         if self.log is not None:
@@ -243,6 +246,7 @@ class Tuner:
             "known": known,
             "steps": self.steps,
             "trials": self.trials,
+            "calm": self._calm,
             "plans": {name: plan.to_dict() for name, plan in self._plans.items()},
         }
 
@@ -266,10 +270,11 @@ class Tuner:
         self._known = {name: Seen(tuple(c), cap, t) for name, (c, cap, t) in state["known"].items()}
         self._plans = {name: ExecutionPlan.from_dict(plan) for name, plan in state["plans"].items()}
         self.steps, self.trials = int(state["steps"]), int(state["trials"])
+        self._calm = int(state.get("calm", 0))
 
     def _choose(self, number: int) -> _Step:
         """The plans of a step, from what is known before it."""
-        keys = {name: (self.layers[name].shape, self._bucket(seen)) for name, seen in self._known.items()}
+        keys = self._keys()
         for name, key in keys.items():
             self._entry(name, key)
         plans = {name: self.dictionary.entries[key].search.plan for name, key in keys.items()}
@@ -297,14 +302,26 @@ class Tuner:
 
     def _learn(self, news: News) -> None:
         """Take in a sum: the workload of the step that ends, the time of the step before it."""
+        before = self._keys()
         self._known.update(news.layers)
+        if news.seconds is not None:
+            self._measure(news.seconds)
+        keys = self._keys()
+        self._calm = self._calm + 1 if keys == before and all(map(self._done, keys.values())) else 0
+
+    def _done(self, key: Key) -> bool:
+        entry = self.dictionary.entries.get(key)
+        return self.settings.deterministic or (entry is not None and entry.search.settled)
+
+    def _measure(self, seconds: float) -> None:
+        """Note the time of the last step."""
         last = self._last
-        if last is None or news.seconds is None or last.replayed or self.settings.deterministic:
+        if last is None or last.replayed or self.settings.deterministic:
             return
         for key in [last.trial] if last.trial is not None else list(dict.fromkeys(last.keys.values())):
             plan = next(last.plans[name] for name, k in last.keys.items() if k == key)
             if key == last.trial or plan == self.dictionary.entries[key].search.plan:  # else a former leader
-                self._record(key, plan, news.seconds, _context(last, key))
+                self._record(key, plan, seconds, _context(last, key))
 
     def _record(self, key: Key, plan: ExecutionPlan, seconds: float, context: int) -> None:
         entry = self.dictionary.entries[key]
@@ -317,9 +334,15 @@ class Tuner:
             self._drifts[key] = Drift(search.standing.noise, self.settings.band)
         if self._drifts[key].add(seconds, context):
             del self._drifts[key]
-            entry.search = Search(search.candidates, self.settings.limits, [search.plan], first=search.plan)
+            entry.search = type(search)(
+                search.candidates, self.settings.limits, [search.plan], first=search.plan
+            )
             entry.retuned += 1
             self.dictionary.touch(entry)
+
+    def _keys(self) -> dict[str, Key]:
+        """Shape and bucket of each layer, as far as known."""
+        return {name: (self.layers[name].shape, self._bucket(seen)) for name, seen in self._known.items()}
 
     def _bucket(self, seen: Seen) -> Bucket:
         return Bucket.of(seen.counts, self._ranks, seen.capacity, self.settings.rows_per_bucket)
@@ -334,14 +357,24 @@ class Tuner:
             return
         layer, seen = self.layers[name], self._known[name]
         workload = workload_of(layer.shape, seen)
-        found = shortlist(layer.plans, lambda plan: self._cost(layer.shape, plan, workload))
+        found = self._candidates(layer, workload)
         similar = self.dictionary.nearest(*key)
         if similar:
             found = corrected(found, similar[0].errors())
         hints = list(dict.fromkeys(search.plan for search in similar))
-        entry = Entry(Search(found, self.settings.limits, hints))
+        entry = Entry(search_for(layer.shape)(found, self.settings.limits, hints))
         self.dictionary.touch(entry)
         self.dictionary.entries[key] = entry
+
+    def _candidates(self, layer: TunedLayer, workload: Workload) -> list[Candidate]:
+        """Plans with predictions: all of them on one rank, where they are few."""
+
+        def cost(plan: ExecutionPlan) -> float:
+            return self._cost(layer.shape, plan, workload)
+
+        if layer.shape.world == 1 and len(layer.plans) <= _FEW:
+            return [Candidate(plan, cost(plan)) for plan in layer.plans]
+        return shortlist(layer.plans, cost)
 
 
 def workload_of(shape: LayerShape, seen: Seen) -> Workload:

@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
 
 from flexpert import ConfigError, MoE, RoutingContext, routing_scope
-from flexpert.convert import Clone, Granular, Importance, Slice, convert
+from flexpert.convert import Clone, Granular, Importance, Slice, convert, find_mlps, load, save, to_dense
 from flexpert.convert.conversion import build_layer, compare
+from flexpert.experts import DropoutMLPExperts, SharedExpert
 
 EXACT = {
     "clone top-2": Clone(num_experts=4, top_k=2),
@@ -20,6 +23,7 @@ EXACT = {
     "granular of one piece": Granular(copies=2, pieces_per_copy=1),
     "slice": Slice(num_experts=3),
     "importance": Importance(num_experts=5, num_shared=3),
+    "importance by ratio": Importance(num_experts=5, shared_ratio=0.4),
 }
 
 
@@ -145,6 +149,78 @@ def test_dropout_of_the_output_stays(make_case):
     convert(case.model, case.glob, Clone(num_experts=2))
     kinds = [type(part) for part in case.model.transformer.h[0].mlp]
     assert kinds == [MoE, nn.Dropout]
+
+
+class T5Part(nn.Module):
+    """The MLPs of a T5, where a dropout lies between the matrices."""
+
+    def __init__(self, gated):
+        super().__init__()
+        config = transformers.T5Config(
+            d_model=6, d_ff=24, dropout_rate=0.4, feed_forward_proj="gated-gelu" if gated else "relu"
+        )
+        self.mlp = (T5DenseGatedActDense if gated else T5DenseActDense)(config)
+        for parameter in self.mlp.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [
+        (Clone(num_experts=3), 1.0),
+        (Clone(num_experts=2, top_k=2, router="zero"), 0.5),  # two masks of equal weight
+        (Granular(copies=2, pieces_per_copy=4), 1.0),
+        (Slice(num_experts=3), 1.0),
+        (Importance(num_experts=4, shared_ratio=0.5), 1.0),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_dropout_of_the_hidden_layer_goes_into_the_experts(method, share, gated):
+    """In evaluation nothing is dropped; in training mean and variance are those of the dense MLP."""
+    torch.manual_seed(0)
+    model, x = T5Part(gated).eval(), torch.randn(1, 6)
+    dense = copy.deepcopy(model)
+    ((_, mlp),) = find_mlps(model).values()
+    assert mlp.dropout == pytest.approx(0.4)
+    assert convert(model, "mlp", method, calibration=[x]).exact
+    want = dense(x)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    seen = []
+    dense.mlp.wo.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    dense(x)
+    variance = share * (dense.mlp.wo.weight * seen[0]).square().sum(1) * 0.4 / 0.6
+    with torch.no_grad():
+        y = model.train()(x.expand(20_000, 6))
+    assert ((y.mean(0) - want[0]).abs() < 5 * (variance / len(y)).sqrt()).all()
+    torch.testing.assert_close(y.var(0), variance, rtol=0.08, atol=0)
+    assert to_dense(model).exact
+    assert isinstance(model.mlp, SharedExpert)
+    assert model.mlp.dropout == pytest.approx(0.4)
+    torch.testing.assert_close(model.eval()(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_such_dropout_comes_back_from_disk(tmp_path):
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 40, (2, 5))
+    want = model(input_ids=ids, labels=ids).logits
+    report = convert(model, "*.DenseReluDense", Clone(num_experts=2))
+    assert list(report.layers) == [f"{part}.block.0.layer.{i}.DenseReluDense" for part, i in PARTS]
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).logits, want)
+    save(model, tmp_path / "m")
+    again = load(tmp_path / "m")
+    assert [m.dropout for m in again.modules() if isinstance(m, DropoutMLPExperts)] == [0.1, 0.1]
+    assert torch.equal(again(input_ids=ids, labels=ids).logits, model(input_ids=ids, labels=ids).logits)
+
+
+PARTS = (("encoder", 1), ("decoder", 2))
 
 
 def test_seed_decides_and_the_name_too(make_case):

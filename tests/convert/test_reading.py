@@ -43,6 +43,13 @@ def test_dropout_of_the_output_is_seen(make_case):
     assert [(place.dropout, place.layer) for place in places] == [(0.2, "blocks.0.0"), (0.2, "blocks.1.0")]
 
 
+def test_dropout_of_the_hidden_layer_is_seen():
+    parts = [nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Dropout(0.2), nn.Linear(8, 4), nn.Dropout(0.3)]
+    place, mlp = read(nn.Sequential(*parts))
+    assert (mlp.dropout, place.dropout) == (pytest.approx(0.6), 0.3)
+    assert mlp.neurons(torch.arange(3)).dropout == mlp.dropout
+
+
 class Swapped(nn.Module):
     """A gated unit whose gate is the second of its modules, and whose activation is in its forward."""
 
@@ -99,8 +106,8 @@ def test_reading_leaves_the_module_alone():
         (nn.Sequential(nn.Linear(4, 8), nn.PReLU(), nn.Linear(8, 4)), None),
         (nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, 4)), "computes something else"),
         (
-            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 4)),
-            r"dropout 0.1 before its output layer, and experts have none; set its p to 0",
+            nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)),
+            r"dropout 0.1 of something else than its hidden layer, and experts have none; set its p to 0",
         ),
         (Swapped().to("meta"), "on the meta device"),
     ],

@@ -184,6 +184,8 @@ NAN, INF = float("nan"), float("inf")
         ({"num_shared_experts": -1}, "num_shared_experts=-1: expected an integer >= 0"),
         ({"shared_gate": True}, "shared_gate=True needs num_shared_experts >= 1"),
         ({"shared_gate": "yes", "num_shared_experts": 1}, "shared_gate='yes': expected True or False"),
+        ({"shared_hidden_dim": 4}, "shared_hidden_dim=4 needs num_shared_experts >= 1"),
+        ({"shared_hidden_dim": 0, "num_shared_experts": 1}, "shared_hidden_dim=0: expected an integer >= 1"),
         ({"batch_prioritized": "false"}, "batch_prioritized='false': expected True or False"),
         ({"renormalize": "never"}, "renormalize='never': expected False, True .* or 'always'"),
         ({"expert_bias": "b3"}, "expert_bias='b3': expected False, True, 'b1' or 'b2'"),
@@ -218,7 +220,7 @@ def test_bad_values_are_refused_at_construction(values, message):
         ({"router": {"name": "linear", "top_k": 9}}, "top_k=9"),
         (
             {"expert": "mpl"},
-            "unknown expert 'mpl': did you mean 'mlp'. valid: constant, copy, glu, mlp, .*zero",
+            "unknown expert 'mpl': did you mean 'mlp'. valid: constant, copy, glu, glu_dropout, mlp, .*zero",
         ),
         (
             {"expert": {"name": "mlp", "init_sd": 1}},

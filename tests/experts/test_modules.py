@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flexpert import ConfigError, MoE, RoutingContext
-from flexpert.experts import ExpertBatch, ModuleExperts
+from flexpert.experts import ExpertBatch, ModuleExperts, StackedModules
 from flexpert.routers import LinearRouter
 from flexpert.testing import assert_close
 
@@ -55,6 +55,19 @@ def test_a_module_without_rows_is_not_called():
     bank = make_bank()
     bank(ExpertBatch(rows_ND=torch.randn(2, D).double(), counts_E=torch.tensor([1, 1, 0, 0]), unit_N=None))
     assert bank.experts[2].calls == []
+
+
+@pytest.mark.parametrize("kind", [ModuleExperts, StackedModules])
+@pytest.mark.parametrize("counts", [[3, 0], [0, 0]])
+def test_an_expert_without_rows_has_zero_gradients(kind, counts):
+    bank = kind([nn.Linear(D, D), nn.Linear(D, D)], model_dim=D)
+    batch = ExpertBatch(rows_ND=torch.randn(3, D), counts_E=torch.tensor(counts), unit_N=None)
+    bank(batch).sum().backward()
+    gradients = [p.grad for p in bank.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    assert sum(bool(gradient.any()) for gradient in gradients) == (2 if counts[0] else 0)
+    with torch.no_grad():
+        assert not bank(batch).requires_grad
 
 
 def test_slots_of_other_banks_are_zero():

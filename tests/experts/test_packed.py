@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import flexpert.models  # noqa: F401  registers mlp_dropout
 from flexpert import ConfigError, FlexpertError, InputError, MoE, MoEConfig, ops, prepack, unpack
 from flexpert.experts import ExpertBatch, GLUExperts, MLPExperts
 from flexpert.ops import packing

@@ -17,10 +17,20 @@ pytest.importorskip("transformers", minversion="5.23")
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
-from flexpert import CheckpointError, ConfigError, MoE
+from flexpert import CheckpointError, ConfigError, MoE, routing_scope
 from flexpert.cli import main
+from flexpert.convert import Granular, convert, save
+from flexpert.integrations import inspection
 from flexpert.integrations.inspection import inspect_model
 from flexpert.models import SwinV2MoEForImageClassification, preset
 from flexpert.monitor.routing_record import strongest_pairs
@@ -135,6 +145,93 @@ def test_a_model_of_ours_against_loops(language, text, tmp_path, capacity_factor
         best = max((choices_of(choices, a, b), -a, -b) for a in range(4) for b in range(a + 1, 4))
         (pair,) = strongest_pairs(layer, 1)
         assert pair[:3] == (-best[1], -best[2], best[0])
+
+
+def test_a_converted_model_is_read_as_what_it_became(text, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50)).eval()
+    convert(model, "*.1.mlp", Granular(copies=3, pieces_per_copy=2))
+    save(model, tmp_path / "model")
+    save_tokenizer(tmp_path / "model", size=len(LETTERS))
+    (layer,) = inspect_model(tmp_path / "model", text=text, tokens=100)["layers"]
+    ids = torch.tensor([LETTERS.index(letter) for letter in text.read_text()[:100]])
+    with torch.no_grad(), routing_scope(model) as scope:
+        model(ids[None])
+    (stats,) = scope.stats.values()
+    assert layer["layer"] == "model.layers.1.mlp"
+    assert layer["load"] == stats.load_E.tolist()
+    pairs = layer["coactivation"]  # the pieces of a copy are chosen together
+    assert [pairs[e][e] for e in range(6)] == [pairs[e][e ^ 1] for e in range(6)]
+
+
+def switch():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 8, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
+    sizes |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4}
+    config = SwitchTransformersConfig(**sizes, vocab_size=50, expert_capacity=15, decoder_start_token_id=0)
+    return SwitchTransformersForConditionalGeneration(config)
+
+
+def nllb():
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
+             (("layers", 2), ("ffn_dim", 8), ("attention_heads", 2), ("sparse_step", 2))}  # fmt: skip
+    config = NllbMoeConfig(
+        **sizes, vocab_size=50, d_model=16, num_experts=4, max_position_embeddings=50,
+        moe_eval_capacity_token_fraction=0.3,
+    )  # fmt: skip
+    return NllbMoeForConditionalGeneration(config)
+
+
+def taken_by_switch(logits):
+    """One expert per token, in order of arrival, at most 15 in a sequence."""
+    choices, kept = [], []
+    for sequence in logits.tolist():
+        room = [15] * 4
+        for row in sequence:
+            expert = row.index(max(row))
+            room[expert] -= 1
+            choices.append([expert])
+            kept.append([expert] if room[expert] >= 0 else [])
+    return choices, kept
+
+
+def taken_by_nllb(logits):
+    """Two experts per token, all first choices before all second ones, at most 0.3 of the tokens."""
+    choices = [sorted(range(4), key=lambda e: -row[e])[:2] for row in logits.flatten(0, -2).tolist()]
+    room, kept = [math.ceil(0.3 * len(choices))] * 4, [[] for _ in choices]
+    for k in range(2):
+        for own, chosen in zip(kept, choices, strict=True):
+            room[chosen[k]] -= 1
+            own.extend(chosen[k : k + 1] if room[chosen[k]] >= 0 else [])
+    return choices, kept
+
+
+@pytest.mark.parametrize(("make", "taken"), [(switch, taken_by_switch), (nllb, taken_by_nllb)])
+def test_encoders_with_decoders_against_loops(make, taken, text, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = make().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("classifier.weight"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", size=len(LETTERS))
+    monkeypatch.setattr(inspection, "LENGTH", 50)
+    report = inspect_model(tmp_path / "model", text=text, tokens=150)
+    ids = torch.tensor([LETTERS.index(letter) for letter in text.read_text()[:150]]).view(3, 50)
+    start = model.config.decoder_start_token_id
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith("router"):
+            module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out[2]}))
+    with torch.no_grad():
+        shifted = torch.cat([torch.full((3, 1), start), ids[:, :-1]], dim=1)
+        model(input_ids=ids, decoder_input_ids=shifted)
+    assert [layer["layer"] + ".router" for layer in report["layers"]] == list(seen)
+    assert ["encoder" in name for name in seen] == [True, False]
+    for layer, logits in zip(report["layers"], seen.values(), strict=True):
+        choices, kept = taken(logits)
+        check(layer, choices, kept, logits.double().softmax(-1).flatten(0, -2).tolist())
+        assert layer["drop_rate"] > 0
 
 
 def choices_of(choices, a, b):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flexpert import MoE, MoEConfig
-from flexpert.integrations.upkeep import RoutingUpkeep
+from flexpert.integrations.upkeep import RoutingUpkeep, UpkeepSettings
 from flexpert.testing import assert_close, run_ranks
 
 
@@ -13,7 +13,7 @@ def work(rank: int | None) -> tuple[torch.Tensor, dict[str, float]]:
     torch.manual_seed(0)
     router = {"name": "linear", "scoring": "sigmoid", "selection_bias": True}
     moe = MoE(MoEConfig(model_dim=8, hidden_dim=8, num_experts=4, top_k=2, router=router))
-    upkeep = RoutingUpkeep(moe, balance_weight=0.0, loss="balance", bias_rate=0.001)
+    upkeep = RoutingUpkeep(moe, UpkeepSettings(balance_weight=0.0))
     batch = torch.randn(2, 15, 8, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         for x in batch if rank is None else batch[rank : rank + 1]:

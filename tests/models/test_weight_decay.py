@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
+from flexpert.experts import ModuleExperts, StackedModules
 from flexpert.models import SwinV2MoEForImageClassification, no_weight_decay, parameter_groups
 
 
@@ -59,3 +61,15 @@ def test_what_is_not_decayed(small_config):
 def test_linear_router_is_decayed(small_config):
     names = no_weight_decay(SwinV2MoEForImageClassification(small_config()))
     assert "swinv2.encoder.layers.1.blocks.1.intermediate.router.weight" not in names
+
+
+def test_experts_of_ones_own_are_treated_as_their_modules_are():
+    modules = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    stacked = StackedModules(modules, model_dim=4)
+    unlike = ModuleExperts([*modules, nn.LayerNorm(4)], model_dim=4)
+    assert no_weight_decay(nn.Sequential(stacked)) == {"0.module.bias"}
+    assert no_weight_decay(nn.Sequential(unlike)) == {
+        f"0.experts.{name}" for name in ("0.bias", "1.bias", "2.weight", "2.bias")
+    }
+    unlike.hold(range(3))
+    assert no_weight_decay(nn.Sequential(unlike)) == {"0.vectors_float32"}

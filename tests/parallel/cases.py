@@ -8,6 +8,7 @@ import torch.distributed as dist
 from flexpert import MoE, MoEConfig, RoutingContext
 from flexpert.experts import ExpertBank, ModuleExperts, StackedModules
 from flexpert.parallel import ExecutionPlan, clip_grad_norm_, expert_mesh, groups_by_mesh, parallelize
+from flexpert.parallel.pieces import Pieces
 from flexpert.routers import build_router
 
 D, F = 6, 8
@@ -38,15 +39,6 @@ def make_layer(kind="mlp", dtype=torch.float64, **options):
     return layer.to(dtype)
 
 
-def _with_modules(config):
-    shapes = [F, 3, F, 5] * (config.num_experts // 4)
-    modules = [
-        torch.nn.Sequential(torch.nn.Linear(D, width), torch.nn.GELU(), torch.nn.Linear(width, D))
-        for width in shapes
-    ]
-    return MoE(router=build_router(config), experts=ModuleExperts(modules, model_dim=D))
-
-
 class Buffered(torch.nn.Module):
     """An MLP with two buffers, one along its hidden dimension, one of integers."""
 
@@ -58,6 +50,42 @@ class Buffered(torch.nn.Module):
 
     def forward(self, rows):
         return self.down(torch.tanh(self.up(rows) * self.scale) * (1 + self.place))
+
+
+class Scale(torch.nn.Module):
+    """y = s x, of one number, which starts at 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, rows):
+        return self.factor * rows
+
+
+def _tied():
+    """Two layers with one weight and, in the first, a bias that is not trained."""
+    module = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Tanh(), torch.nn.Linear(D, D))
+    module[2].weight = module[0].weight
+    module[0].bias.requires_grad_(False)
+    return module
+
+
+def unlike(count):
+    """Modules of all sorts: of several sizes, tied, frozen in part, with buffers, of one number, of none."""
+    kinds = (
+        lambda: torch.nn.Sequential(torch.nn.Linear(D, F), torch.nn.GELU(), torch.nn.Linear(F, D)),
+        lambda: Buffered(3),
+        _tied,
+        Scale,
+        lambda: torch.nn.LayerNorm(D),
+        torch.nn.Identity,
+    )
+    return [kinds[place % len(kinds)]() for place in range(count)]
+
+
+def _with_modules(config):
+    return MoE(router=build_router(config), experts=ModuleExperts(unlike(config.num_experts), model_dim=D))
 
 
 def _stacked(config):
@@ -86,10 +114,10 @@ def collect(layer, x, y, optimizer, norm, scale=1.0):
 
     A rank's input has the gradient of that rank's loss: `scale` is the share of it in the mean over ranks.
     """
-    gradients = {name: whole(p.grad) for name, p in layer.named_parameters() if p.grad is not None}
+    gradients = by_name(layer, {n: p.grad for n, p in layer.named_parameters() if p.grad is not None})
     clipped = clip_grad_norm_(layer, norm) if norm else None
     optimizer.step()
-    parameters = {name: whole(p.detach()) for name, p in layer.named_parameters()}
+    parameters = by_name(layer, {name: p.detach() for name, p in layer.named_parameters()})
     return {
         "output": y.detach().clone(),
         "input gradient": x.grad * scale,
@@ -97,6 +125,19 @@ def collect(layer, x, y, optimizer, norm, scale=1.0):
         "norm": clipped,
         "parameters": parameters,
     }
+
+
+def by_name(layer, tensors):
+    """Whole tensors under the names of one process, tied ones once."""
+    pieces, result, seen = Pieces(layer), {}, set()
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        for part, value in (dict(pieces.apart(name, full)) or {name: full}).items():
+            place = pieces.places.get(part, part)
+            if place not in seen:
+                result[part] = value
+            seen.add(place)
+    return result
 
 
 def whole(tensor):
@@ -129,14 +170,16 @@ def on_ranks(
     """Each plan after the other on one rank's share; a list of results, and whether any storage moved."""
     rank = dist.get_rank()
     layer = make_layer(kind, dtype, **(options or {}))
-    start = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    start = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     mesh = expert_mesh(**(mesh or {"num_experts": 4}))
     parallelize(layer, mesh, dense="ddp")
     x, g = tokens_of(counts, dtype)
     x, g = x.split(counts)[rank].clone(), g.split(counts)[rank]
     groups = groups_by_mesh([{"params": list(layer.parameters())}])
     optimizer = torch.optim.AdamW(groups, lr=0.01)
-    pointers = [_local(p).data_ptr() for p in layer.parameters()]
+    pointers, padding = [_local(p).data_ptr() for p in layer.parameters()], padding_of(layer)
+    made = len(dist.distributed_c10d._world.pg_names)
+    assert kind != "modules" or sum(tensor.numel() for tensor in padding) > 0
     results = []
     for plan in plans:
         _reset(layer, optimizer, start)
@@ -145,8 +188,27 @@ def on_ranks(
             y = layer(x, plan=ExecutionPlan(**plan), context=context_for(only, layer))
             ((y * g).sum() / backwards).backward()
         results.append(collect(layer, x, y, optimizer, norm, 1 / len(counts)))
+        assert not any(tensor.any() for tensor in padding), plan
+    assert made == len(dist.distributed_c10d._world.pg_names), "a plan made a process group"
     moved = pointers != [_local(p).data_ptr() for p in layer.parameters()]
     return results, moved
+
+
+def padding_of(layer):
+    """Views of what in the rows of unlike experts is no expert's."""
+    pieces, found = Pieces(layer), []
+    for stacked in {piece.stacked for piece in pieces.places.values()}:
+        local = layer.get_parameter(stacked) if stacked in dict(layer.named_parameters()) else None
+        if local is None:
+            continue
+        ends = {}
+        for name, part in pieces.apart(stacked, local.detach()):
+            expert, end = pieces.places[name].expert, pieces.places[name].start + part.numel()
+            ends[expert] = max(ends.get(expert, 0), end)
+        rows = local.detach().to_local()
+        first = layer.experts._held.start
+        found += [row[ends.get(first + i, 0) :] for i, row in enumerate(rows)]
+    return found
 
 
 def _local(p):
@@ -156,17 +218,9 @@ def _local(p):
 @torch.no_grad()
 def _reset(layer, optimizer, start):
     """The layer as it was before the step of another plan."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     optimizer.state.clear()
-    for name, parameter in layer.named_parameters():
-        parameter.grad = None
-        value = start[name]
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(value.to_local())
-        else:
-            parameter.copy_(value)
+    optimizer.zero_grad()
+    layer.load_state_dict(start)
 
 
 class ScaleExperts(ExpertBank):

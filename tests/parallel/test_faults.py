@@ -131,13 +131,13 @@ def lose_in_backward(plan):
     ("plan", "what"),
     [
         (ExecutionPlan(), "1.experts (backward): all_to_all on group 'expert parallel'"),
-        (ExecutionPlan(r=0), "1.experts.w[12] (backward): reduce_scatter on group 'expert parallel'"),
+        (ExecutionPlan(r=0), "1.experts parameters (backward): reduce_scatter on group 'expert parallel'"),
     ],
     ids=["r=1", "r=0"],
 )
 def test_a_loss_in_the_backward_pass_names_the_layer(plan, what):
     text = run_world(lose_in_backward, 2, plan, lost=[1])[0]
-    assert re.match(re.escape(what).replace(r"\[12\]", "[12]"), text)
+    assert text.startswith(what)
     assert "rank 1 is lost" in text
 
 

@@ -58,7 +58,7 @@ def check_moves(group, dtype, contiguous, async_op):
 
 def check_reductions(group, dtype, contiguous, async_op):
     size, me = group.size, group.rank
-    for shape in [(3, 2, 3), (0, 2, 3)]:
+    for shape in [(3, 2, 3), (0, 2, 3), (3, 700, 3)]:  # the last one goes round in a ring
         everybody = torch.stack([inputs(s, dtype, shape, True) for s in range(size)])
         wide = torch.float64 if dtype.is_floating_point else torch.int64
         wants = {"max": everybody.to(wide).amax(0), "min": everybody.to(wide).amin(0)}

@@ -58,8 +58,25 @@ def test_two_ranks(kind, counts):
     check(kind, counts, plans(0, 1), norm=0.5)
 
 
-def test_modules_of_their_own():
-    check("modules", [4, 3], plans(0, 1))
+@pytest.mark.parametrize(
+    ("counts", "mesh", "only"),
+    [
+        ([4, 3], {}, None),
+        ([6, 0], {}, None),
+        ([5, 4], {}, [2]),
+        ([4, 0, 3], {}, None),
+        ([3, 0, 5, 2], {"replicas": 2}, None),
+        ([3, 0, 5, 2], {"slices": 2}, None),
+        ([0, 3, 0, 0], {"slices": 4}, [1]),
+    ],
+    ids=str,
+)
+def test_unlike_modules(counts, mesh, only):
+    options = {"num_experts": 6, "top_k": 2 if only is None else 1}
+    context = only and RoutingContext(expert_mask=torch.isin(torch.arange(6), torch.tensor(only)))
+    todo = [{"r": r, "degree": d, "capacity": c} for r in (0, 1) for d, c in ((1, "ragged"), (2, "padded"))]
+    settings = {"mesh": {"num_experts": 6, **mesh}, "only": only, "options": options, "context": context}
+    check("modules", counts, todo, norm=0.1, **settings)
 
 
 def test_stacked_modules():

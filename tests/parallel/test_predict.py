@@ -56,8 +56,9 @@ def test_bytes(mesh, verify):
                 assert measured == predicted, plan
 
 
-def test_bytes_of_buffers():
-    """They are gathered with the parameters, and have no gradient."""
-    for results in run_ranks(count, 4, {"slices": 2}, {}, [3, 0, 5, 2], False, "stacked"):
+@pytest.mark.parametrize(("kind", "mesh"), [("stacked", {"slices": 2}), ("modules", {"replicas": 2})])
+def test_bytes_of_buffers(kind, mesh):
+    """They are gathered with the parameters, and have no gradient, as parameters that are not trained."""
+    for results in run_ranks(count, 4, mesh, {}, [3, 0, 5, 2], False, kind):
         for plan, measured, predicted in results:
             assert measured == predicted, plan

@@ -44,10 +44,12 @@ def test_chunks_of_splits():
     assert relayed == HierarchicalSplits(part.sent, part.received, [part.sent, part.sent])
 
 
-def test_a_chunk_is_a_copy():
-    splits = Splits([[1]], [[1]])
-    splits.chunk(0, 1).sent[0][0] = 5
-    assert splits.sent == [[1]]
+def test_chunks_are_worked_out_once():
+    splits = Splits([[1, 6]], [[2, 3]])
+    assert splits.chunk(0, 1) is splits
+    assert splits.chunk(1, 3) is splits.chunk(1, 3)
+    assert (splits.send_rows, splits.receive_rows) == ([7], [5])
+    assert (splits.num_sent, splits.num_received) == (7, 5)
 
 
 @pytest.mark.parametrize(("chunk", "degree"), [(2, 2), (-1, 2), (0, 0)])

@@ -14,11 +14,14 @@ from torch import nn
 
 from flexpert import MoE, MoEConfig
 from flexpert.core.errors import FlexpertError
+from flexpert.experts import ModuleExperts
 from flexpert.parallel import clip_grad_norm_, expert_mesh, groups_by_mesh, parallelize
+from flexpert.routers import LinearRouter
 from flexpert.train import checkpoint, dcp_storage
 from flexpert.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flexpert.train.saver import CheckpointSaver
 from flexpert.train.state import collect_state, restore_checkpoint, restore_state
+from tests.parallel.cases import unlike
 
 D, E, F = 6, 24, 8
 BATCH = 24  # divides by every number of ranks
@@ -37,7 +40,7 @@ ROUTER = {"name": "linear", "selection_bias": True}
 
 
 class Model(nn.Module):
-    """Dense layers of sizes that no number of ranks divides, and MoE layers of two kinds of experts."""
+    """Dense layers of sizes that no number of ranks divides, and MoE layers of three kinds of experts."""
 
     def __init__(self):
         super().__init__()
@@ -47,11 +50,14 @@ class Model(nn.Module):
         self.moe = MoE(MoEConfig(**options, num_experts=E, expert="glu", router=ROUTER))
         groups = [{"name": "mlp", "count": E}, {"name": "constant", "count": 2}]
         self.mixed = MoE(MoEConfig(**options, num_experts=E + 2, expert=groups))
+        router = LinearRouter(model_dim=D, num_experts=E, top_k=3)
+        self.unlike = MoE(router=router, experts=ModuleExperts(unlike(E), model_dim=D))
 
     def forward(self, x):
         x = x + self.between(self.before(x).tanh())
         x = x + self.moe(x)
-        return x + self.mixed(x)
+        x = x + self.mixed(x)
+        return x + self.unlike(x)
 
 
 def build(dense, seed=7):
@@ -116,12 +122,19 @@ def resume_runs(folders, dense):
 
 
 def whole(model, optimizer):
-    """Every tensor of the state, put together."""
-    return {
+    """Every tensor of the state, put together; those of unlike experts are collected from all ranks."""
+    state = {
         name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
         for name, value in collect_state(model, optimizer).items()
         if not name.startswith("random")
     }
+    if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, {name: state[name] for name in state if ".unlike.experts" in name})
+        for part in every:
+            for name, value in part.items():
+                assert torch.equal(state.setdefault(name, value), value), name
+    return state
 
 
 def save_and_die(folder, victim, where):

@@ -132,7 +132,7 @@ def lose_one(folder, settings, number, port):
             signal.SIGSTOP,
             r".*experts: all_to_all on group 'expert parallel' \(ranks \(0, 1\)",
         ),
-        ([DENSE], signal.SIGKILL, r"a collective that PyTorch calls itself \(DDP.* on ranks \(0, 1\) failed"),
+        ([DENSE], signal.SIGKILL, r"dense part \(DDP\): all_reduce on group 'all ranks' \(ranks \(0, 1\)"),
     ],
     ids=["killed", "stopped", "dense"],
 )

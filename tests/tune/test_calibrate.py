@@ -11,7 +11,7 @@ from flexpert.core.errors import ConfigError
 from flexpert.testing import run_ranks
 from flexpert.tune import Machine
 from flexpert.tune.calibrate import calibrate, machine_file, store
-from flexpert.tune.links import nonnegative
+from flexpert.tune.least_squares import nonnegative
 from tests.tune.cases import machine_of
 
 

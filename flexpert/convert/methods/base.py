@@ -91,10 +91,11 @@ class Method(ABC):
 
 def layer_config(mlp: DenseMLP, **settings: Any) -> MoEConfig:
     """The configuration of a layer whose experts are of the kind of an MLP."""
+    kind = "glu" if mlp.gated else "mlp"
     return MoEConfig(
         model_dim=mlp.model_dim,
         output_dim=None if mlp.output_dim == mlp.model_dim else mlp.output_dim,
-        expert="glu" if mlp.gated else "mlp",
+        expert={"name": f"{kind}_dropout", "dropout": mlp.dropout} if mlp.dropout else kind,
         activation=mlp.activation,
         expert_bias=mlp.expert_bias,
         **settings,

@@ -17,15 +17,13 @@ except ImportError as error:
     raise ImportError("MoECallback needs the package transformers: pip install 'flexpert[hf]'") from error
 
 from flexpert.core.errors import ConfigError
-from flexpert.core.registry import Spec
-from flexpert.core.stats import RoutingStats
-from flexpert.integrations.upkeep import RoutingUpkeep
+from flexpert.integrations.upkeep import RoutingUpkeep, UpkeepCallback
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
-class MoECallback(TrainerCallback):
+class MoECallback(UpkeepCallback, TrainerCallback):
     """Keeps the routers of a model in order while a `transformers.Trainer` trains it.
 
     `MoECallback().attach(trainer)`, then `trainer.train()`. In training, and there only, the weighted balance
@@ -38,26 +36,17 @@ class MoECallback(TrainerCallback):
     number of labels in the whole batch, its share of them, else 1 / micro-batches.
 
     Args:
-        balance_weight: of the mean of the loss over the layers. None: 0.01, or 0 for a model whose routers
-            are all balanced by their bias or that adds its own loss of Flexpert already.
-        loss: name of a loss, or a dict of it and its options; see `flexpert.losses`.
-        bias_rate: what a selection bias moves by in one step; 0 leaves biases alone.
+        settings: the fields of `UpkeepSettings`: balance_weight, loss, bias_rate.
 
     Attributes:
         stats: by layer, what was logged last.
     """
 
-    def __init__(
-        self, *, balance_weight: float | None = None, loss: Spec = "balance", bias_rate: float = 0.001
-    ) -> None:
-        self._settings: Any = {"balance_weight": balance_weight, "loss": loss, "bias_rate": bias_rate}
-        self._upkeep: RoutingUpkeep | None = None
-        self._hooks: list[RemovableHandle] = []
-        self._call = ExitStack()
-        self._is_first = self._has_loss_function = False
-        self._pending: Tensor | None = None
-        self._micro_batches = 1
-        self.stats: dict[str, RoutingStats] = {}
+    _is_first = _has_loss_function = False
+    _micro_batches = 1
+    _pending: Tensor | None = None
+    _hooks: tuple[RemovableHandle, ...] = ()
+    _call: ExitStack  # around the model's call, in training
 
     def attach(self, trainer: Trainer) -> MoECallback:
         """Add the callback to a trainer, before those that report what is logged."""
@@ -106,7 +95,7 @@ class MoECallback(TrainerCallback):
             raise ConfigError(f"{args.n_gpu} devices in one process: start one process for each by torchrun")
         self._detach()
         model: nn.Module = kwargs["model"]
-        self._upkeep = RoutingUpkeep(model, **self._settings)
+        self._upkeep = RoutingUpkeep(model, self.settings)
         if self._upkeep.weight and args.label_smoothing_factor and not self._has_loss_function:
             raise ConfigError(
                 f"args.label_smoothing_factor={args.label_smoothing_factor}: the Trainer then computes the "
@@ -116,7 +105,7 @@ class MoECallback(TrainerCallback):
         self._shifts = _shifts_labels(model)
         before = model.register_forward_pre_hook(self._begin)
         after = model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
-        self._hooks = [before, after]
+        self._hooks, self._call = (before, after), ExitStack()
 
     def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
         """Between micro-batches."""
@@ -156,7 +145,7 @@ class MoECallback(TrainerCallback):
             hook.remove()
         if self._upkeep is not None:
             self._upkeep.close()
-        self._hooks, self._upkeep, self._pending = [], None, None
+        self._hooks, self._upkeep, self._pending = (), None, None
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         if model.training and self._upkeep is not None:

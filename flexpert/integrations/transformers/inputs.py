@@ -24,19 +24,20 @@ class ModelInputs:
     mask_BS: Tensor | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelInputs:
-        """From the arguments of `model.forward`."""
+    def of(
+        cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], side: str = ""
+    ) -> ModelInputs:
+        """From the arguments of `model.forward`; "decoder_" for what the decoder of a pair reads."""
         given = dict(kwargs)
         if args:
-            names = inspect.signature(model.forward).parameters
-            given = {**dict(zip(names, args, strict=False)), **given}
-        tokens = next(
-            (t for t in (given.get("input_ids"), given.get("inputs_embeds")) if isinstance(t, Tensor)), None
-        )
+            parameters = inspect.signature(model.forward).parameters
+            given = {**dict(zip(parameters, args, strict=False)), **given}
+        names = [f"{side}input_ids", f"{side}inputs_embeds", *(["labels"] if side else [])]
+        tokens = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
         if tokens is None or tokens.dim() < 2:
             return cls()
         batch, length = tokens.shape[:2]
-        mask = given.get("attention_mask")
+        mask = given.get(f"{side}attention_mask")
         fits = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch
         if not fits or mask.shape[1] < length:
             return cls(batch=batch, length=length)

@@ -23,6 +23,7 @@ from flexpert.core.stats import RoutingStats, measure, merge_stats
 
 from .blocks import Block, blocks_of
 from .inputs import ModelInputs
+from .outputs import RouterOutput, read_output
 from .scores import SCORES, score_of
 
 Key = tuple[str, int]
@@ -34,15 +35,12 @@ class RouterCall:
 
     Attributes:
         layer: name of the block in the model.
-        logits_TE: the router's first output.
-        weights_TK, ids_TK: the weights and the experts of each token.
+        output: of the router.
         context: mask and sequence length of the call, and what the probe was given.
     """
 
     layer: str
-    logits_TE: Tensor
-    weights_TK: Tensor
-    ids_TK: Tensor
+    output: RouterOutput
     context: RoutingContext
 
 
@@ -70,12 +68,13 @@ class RouterProbe:
         if score is not None and score not in SCORES:
             raise ConfigError(f"score={score!r}: expected one of {', '.join(SCORES)}")
         self._model, self._context = model, context or RoutingContext()
+        self._is_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._blocks = {block.name: block for block in blocks_of(model)}
         named = (score, SCORES[score]) if score is not None else None
         self._scores = {name: named or score_of(block.router) for name, block in self._blocks.items()}
         self._hooks: list[RemovableHandle] = []
         self._calls: dict[str, list[RouterCall]] = {}
-        self._inputs = ModelInputs()
+        self._inputs = {"": ModelInputs(), "decoder_": ModelInputs()}
 
     @property
     def layers(self) -> list[str]:
@@ -149,23 +148,24 @@ class RouterProbe:
         return torch.stack([term(self._routing(call), call.context, **options) for call in calls])
 
     def _watch(self, block: Block) -> RemovableHandle:
-        def record(_: nn.Module, __: Any, output: Any) -> None:
-            logits, weights, ids = _read(block, output)
-            again = recomputing()
-            if again:
+        def record(_: nn.Module, __: Any, given: Any) -> None:
+            output = read_output(block, given)
+            logits = output.logits_TE
+            if recomputing():
                 self._refuse_reentrant(block.name, logits)
                 return
-            context = self._inputs.context(self._context, logits.shape[0], logits.device)
-            call = RouterCall(
-                layer=block.name, logits_TE=logits, weights_TK=weights, ids_TK=ids, context=context
-            )
-            self._calls[block.name].append(call)
+            context = inputs().context(self._context, logits.shape[0], logits.device)
+            self._calls[block.name].append(RouterCall(layer=block.name, output=output, context=context))
+
+        def inputs() -> ModelInputs:
+            in_decoder = self._is_pair and "decoder" in block.name.split(".")
+            return self._inputs["decoder_" if in_decoder else ""]
 
         return block.router.register_forward_hook(record)
 
     def _refuse_reentrant(self, layer: str, logits: Tensor) -> None:
         seen = self._calls[layer]
-        if logits.requires_grad and seen and not any(call.logits_TE.requires_grad for call in seen):
+        if logits.requires_grad and seen and not any(call.output.logits_TE.requires_grad for call in seen):
             raise InputError(
                 "reentrant activation checkpointing loses the gradient of the routing losses; give "
                 "{'use_reentrant': False} to what enables it"
@@ -173,20 +173,21 @@ class RouterProbe:
 
     def _take_inputs(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if not recomputing():
-            self._inputs = ModelInputs.of(model, args, kwargs)
+            self._inputs = {side: ModelInputs.of(model, args, kwargs, side) for side in self._inputs}
 
     def _routing(self, call: RouterCall) -> Routing:
         """Padding tokens choose nothing, and nobody chooses a class that is not an expert."""
         block, (score_name, score) = self._blocks[call.layer], self._scores[call.layer]
-        logits_TC = call.logits_TE.float()
+        given, logits_TC = call.output, call.output.logits_TE.float()
         num_experts = block.num_experts(logits_TC.shape[1])
-        probs_TE, ids_TK = score(logits_TC)[:, :num_experts], call.ids_TK
+        probs_TE, ids_TK = score(logits_TC)[:, :num_experts], given.ids_TK
         if logits_TC.shape[1] > num_experts:  # a class that skips all experts hides as expert 0 of weight 0
-            ids_TK = ids_TK.masked_fill(call.weights_TK == 0, num_experts)
+            ids_TK = ids_TK.masked_fill(given.weights_TK == 0, num_experts)
         if call.context.mask is not None:
             ids_TK = ids_TK.masked_fill(~call.context.mask[:, None], num_experts)
-        order_N, counts_E = ops.assign(ids_TK.reshape(-1), num_experts)
-        weights_TK = call.weights_TK.float().masked_fill(ids_TK >= num_experts, 0.0)
+        taken_TK = ids_TK if given.kept_TK is None else ids_TK.masked_fill(~given.kept_TK, num_experts)
+        order_N, counts_E = ops.assign(taken_TK.reshape(-1), num_experts)
+        weights_TK = given.weights_TK.float().masked_fill(taken_TK >= num_experts, 0.0)
         return Routing(
             unit_N=order_N // ids_TK.shape[1],
             weight_N=weights_TK.reshape(-1).index_select(0, order_N),
@@ -196,22 +197,3 @@ class RouterProbe:
             probs_TE=probs_TE,
             aux={"ids_TK": ids_TK},
         )
-
-
-def _read(block: Block, output: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits_TE, weights_TK, ids_TK) of a router's output."""
-    if isinstance(output, tuple) and len(output) >= 3 and all(isinstance(o, Tensor) for o in output[:3]):
-        logits, weights, ids = output[:3]
-        if (
-            logits.dim() > 1
-            and logits.is_floating_point()
-            and ids.dtype is torch.int64
-            and ids.shape == weights.shape
-        ):
-            return logits.reshape(-1, logits.shape[-1]), *(t.reshape(-1, t.shape[-1]) for t in (weights, ids))
-    parts = output if isinstance(output, tuple) else (output,)
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-    raise ConfigError(
-        f"the router of {block.name} ({type(block.router).__name__}) returned {shapes}; expected "
-        f"(logits (T, E), weights (T, K), ids (T, K))"
-    )

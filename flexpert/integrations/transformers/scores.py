@@ -53,10 +53,15 @@ def score_of(router: nn.Module) -> tuple[str, Score]:
 
 @functools.cache
 def _score_in_source(kind: type[nn.Module]) -> str | None:
+    """In `forward`, or else anywhere in the class."""
     try:
-        source = inspect.getsource(kind.forward)
+        sources = inspect.getsource(kind.forward), inspect.getsource(kind)
     except (OSError, TypeError):
         return None
+    return next(filter(None, map(_named_in, sources)), None)
+
+
+def _named_in(source: str) -> str | None:
     if re.search(r"return\s*\(?\s*router_prob", source):
         return "given"
     for name in ("sigmoid", "softmax"):

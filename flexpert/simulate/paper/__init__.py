@@ -1,6 +1,6 @@
 """Rows of the Tutel paper (arXiv 2206.03382), as this simulator predicts them: paper, ours, error.
 
-One set of constants serves all of them (`flexpert.simulate.machines`, "a100-ndv4"); none is fitted to a row.
+One set of constants serves all of them (`flexpert.tune.presets`, "a100-ndv4"); none is fitted to a row.
 """
 
 from __future__ import annotations

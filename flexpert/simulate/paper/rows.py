@@ -12,8 +12,8 @@ from flexpert.simulate.clocks import Clocks
 from flexpert.simulate.cluster import Cluster
 from flexpert.simulate.durations import Durations
 from flexpert.simulate.layer import LayerCall
-from flexpert.simulate.machines import preset
 from flexpert.tune import LayerShape, Workload
+from flexpert.tune.presets import preset
 
 DEVICES = 8
 

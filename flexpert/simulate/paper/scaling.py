@@ -8,8 +8,8 @@ from dataclasses import replace
 from flexpert.core.plan import ExecutionPlan
 from flexpert.simulate.cluster import Cluster
 from flexpert.simulate.durations import Durations
-from flexpert.simulate.machines import roofline
 from flexpert.tune import Machine
+from flexpert.tune.presets import roofline
 
 from .rows import Row, Table, full_capacity, layer_on, seconds_of_layer, testbed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flexpert import ConfigError
 from flexpert.convert import Clone, Granular, Importance, Slice
 from flexpert.convert.dense import DenseMLP
 from flexpert.convert.methods.importance import deal
@@ -107,6 +108,32 @@ def test_the_most_active_neurons_are_shared_and_the_rest_dealt_alike():
     assert max(mass) / min(mass) < 1.05
     contiguous = [float(importance[order[60 + 30 * i : 90 + 30 * i]].sum()) for i in range(6)]
     assert max(contiguous) / min(contiguous) > 2  # what dealing avoids
+
+
+@pytest.mark.parametrize(("ratio", "width"), [(0.1, 36), (0.33, 27), (0.97, 1)])
+def test_any_share_of_the_neurons_may_be_shared(ratio, width):
+    mlp, method = make(hidden=240), Importance(num_experts=6, shared_ratio=ratio)
+    shared = 240 - 6 * width
+    config = method.layer(mlp)
+    assert (config.hidden_dim, config.num_shared_experts, config.shared_hidden_dim) == (width, 1, shared)
+    assert abs(shared / 240 - ratio) <= 6 / 240 / 2
+    result = parts(method, mlp, torch.rand(240, dtype=torch.float64))
+    assert result.shared.hidden_dim == shared
+    assert [expert.hidden_dim for expert in result.experts] == [width] * 6
+    neurons = torch.cat([part.w2 for part in (result.shared, *result.experts)], dim=1)
+    assert torch.equal(neurons.sort(1).values, mlp.w2.sort(1).values)
+    moe = config.build()
+    assert moe.shared.expert.hidden_dim == shared
+    assert config.num_params() == 6 * 5 + mlp.num_params() + 6 * 5  # the router, and a bias of each expert
+
+
+def test_a_share_that_leaves_nothing_is_refused():
+    with pytest.raises(ConfigError, match="shared_ratio=0.999 .* each of 6 experts 0 neurons"):
+        Importance(num_experts=6, shared_ratio=0.999).layer(make(hidden=240))
+    with pytest.raises(ConfigError, match="shared_ratio=0.5, num_shared=2: expected a share between 0 and 1"):
+        Importance(num_experts=6, shared_ratio=0.5, num_shared=2)
+    with pytest.raises(ConfigError, match="shared_ratio=1.5, num_shared=1"):
+        Importance(num_experts=6, shared_ratio=1.5)
 
 
 def test_snake_order():

@@ -8,7 +8,14 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from flexpert import ConfigError, InputError, RoutingContext
@@ -176,6 +183,23 @@ def test_padding_is_neither_counted_nor_weighed():
         assert torch.equal(padded[layer, 0].selected_E, sum(apart[layer, i].selected_E for i in (0, 1)))
     assert loss.shape == (2,)
     assert loss.isfinite().all()
+
+
+def test_the_decoder_of_a_pair_has_a_mask_of_its_own():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 8, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
+    sizes |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4}
+    model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**sizes, vocab_size=50))
+    ids = torch.randint(2, 50, (2, 6))
+    masks = {"attention_mask": torch.ones_like(ids), "decoder_attention_mask": torch.ones_like(ids)}
+    masks["attention_mask"][1, 4:] = 0
+    masks["decoder_attention_mask"][0, 3:] = 0
+    with RouterProbe(model) as probe:
+        loss = model(input_ids=ids, labels=ids, **masks).loss + probe.loss().mean()
+    tokens = {layer.split(".")[0]: int(stats.tokens) for (layer, _), stats in probe.stats.items()}
+    assert tokens == {"encoder": 10, "decoder": 9}
+    loss.backward()
+    routers = [p for name, p in model.named_parameters() if name.endswith("classifier.weight")]
+    assert all(p.grad.abs().max() > 0 for p in routers)
 
 
 def test_generate_counts_each_token_once():

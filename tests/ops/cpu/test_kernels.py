@@ -22,6 +22,8 @@ SHAPES = {
     "no experts' rows": {"counts": (0, 0), "spare": 3},
     "all to one": {"tokens": 40, "counts": (0, 0, 300), "model_dim": 64, "hidden_dim": 96},
     "several waves": {"tokens": 70, "counts": (700, 31, 0, 400, 33, 900), "model_dim": 40, "hidden_dim": 72},
+    "hidden layer in spans": {"tokens": 40, "counts": (5, 40, 33, 1), "model_dim": 40, "hidden_dim": 530},
+    "gradients of four blocks of rows": {"tokens": 64, "counts": (1100,), "model_dim": 480, "hidden_dim": 40},
     "absent experts": {"counts": (3, 2, 0, 4, 1), "slots": (1, -1, -1, 0, 2), "spare": 2},
     "shared slots": {"counts": (3, 20, 4, 9), "slots": (0, 1, 0, 0)},
     "no biases, no weights": {"biases": False, "weighted": False, "spare": 1},

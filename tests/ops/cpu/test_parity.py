@@ -147,7 +147,7 @@ def test_every_set_of_gradients(make_case, gated, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("counts", [(33,), (9, 0, 35, 1), (0, 300, 0), (64, 64, 64, 64), (700, 31, 0, 900)])
 def test_same_bits_for_any_number_of_threads(make_case, threads, counts, dtype):
-    case = make_case(tokens=70, model_dim=100, hidden_dim=130, counts=counts, gated=True, dtype=dtype)
+    case = make_case(tokens=70, model_dim=100, hidden_dim=290, counts=counts, gated=True, dtype=dtype)
     dy = dy_of(case)
     threads(1)
     want = results(case, dy)

@@ -24,6 +24,7 @@ struct Operands {
   index height = BLOCK, left_step = TILE;
   bool turned = false;
   const Element *next_left = nullptr, *next_right = nullptr;  // what the next product begins with, if that is known
+  const float* begin = nullptr;  // blocks of sums that a product with tiles goes on with; null for zero
 };
 
 inline index blocks(index size) { return (size + BLOCK - 1) / BLOCK; }

@@ -126,9 +126,9 @@ struct Multiplier {
         for (index k = 0; k < count; ++k) work();
         for (index r = 0; r < rows; r += 8) dot_rows<8>(left + r * BLOCK, right, count, sums[part] + r * BLOCK, [] {});
       } else if (rows > 16) {
-        tiles_32(left, right, count, sums[part], work);
+        tiles_32(left, right, count, sums[part], work, o.begin);
       } else {
-        tiles_16(left, right, count, sums[part], work);
+        tiles_16(left, right, count, sums[part], work, o.begin);
       }
     }
   }
@@ -146,7 +146,7 @@ struct Multiplier {
   void stream_packed(const Element* left, const Element* right, index count, index rows, float* sums,
                      Ask& asker) const {
     const auto ask = [&asker] { asker.ask(TILE * sizeof(Element)); };
-    if (amx && rows > 16) return tiles_32(left, right, count, sums, ask);
+    if (amx && rows > 16) return tiles_32(left, right, count, sums, ask, nullptr);
     if (amx && rows > FEW) return tiles_16(left, right, count, sums, ask);
     few_rows(left, right, count, least(4, rows), sums, ask);
     for (index r = 4; r < rows; r += 4)
@@ -223,17 +223,27 @@ struct Multiplier {
     _tile_stored(3, turned + TILE * 3 / 4, 64);
   }
 
+  // The left operand is used again with the next right one: those are loaded past the first-level cache, so that it
+  // stays there.
   template <typename Work>
-  static void tiles_32(const Element* left, const Element* right, index count, float* sums, const Work& work) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+  static void tiles_32(const Element* left, const Element* right, index count, float* sums, const Work& work,
+                       const float* begin) {
+    if (begin) {
+      _tile_loadd(0, begin, 128);
+      _tile_loadd(1, begin + 16, 128);
+      _tile_loadd(2, begin + TILE / 2, 128);
+      _tile_loadd(3, begin + TILE / 2 + 16, 128);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
     for (index k = 0; k < count; ++k, left += TILE, right += TILE) {
       _tile_loadd(4, left, 64);
-      _tile_loadd(6, right, 64);
+      _tile_stream_loadd(6, right, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, right + TILE / 2, 64);
+      _tile_stream_loadd(7, right + TILE / 2, 64);
       _tile_dpbf16ps(1, 4, 7);
       _tile_loadd(5, left + TILE / 2, 64);
       _tile_dpbf16ps(2, 5, 6);
@@ -247,9 +257,15 @@ struct Multiplier {
   }
 
   template <typename Work>
-  static void tiles_16(const Element* left, const Element* right, index count, float* sums, const Work& work) {
-    _tile_zero(0);
-    _tile_zero(1);
+  static void tiles_16(const Element* left, const Element* right, index count, float* sums, const Work& work,
+                       const float* begin = nullptr) {
+    if (begin) {
+      _tile_loadd(0, begin, 128);
+      _tile_loadd(1, begin + 16, 128);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+    }
     for (index k = 0; k < count; ++k, left += TILE, right += TILE) {
       _tile_loadd(4, left, 64);
       _tile_loadd(6, right, 64);

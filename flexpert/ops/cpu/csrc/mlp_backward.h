@@ -101,6 +101,21 @@ constexpr std::array<HiddenGradient::Row, sizeof...(KIND)> hidden_gradient_table
 }
 constexpr auto HIDDEN_GRADIENT_ROW = hidden_gradient_table(std::make_integer_sequence<index, ACTIVATIONS>());
 
+// Rows of a result whose k come in spans: their sums wait in fp32 for the next one, which goes on with them.
+struct SpanRows {
+  index steps = 0;  // rows
+  Element* target = nullptr;
+  index stride = 0, width = 0;
+  float* waiting = nullptr;  // one block; null in the last span
+
+  void step(index r, Sums sums) const {
+    const Vector low = load(sums[0] + r * BLOCK), high = load(sums[0] + r * BLOCK + 16);
+    if (!waiting) return store_32(target + r * stride, low, high, width);
+    store(waiting + r * BLOCK, low);
+    store(waiting + r * BLOCK + 16, high);
+  }
+};
+
 class Backward {
  public:
   Backward(const BackwardCall& call, const Plan& plan)
@@ -131,11 +146,35 @@ class Backward {
   }
 
  private:
+  struct Span {  // of blocks
+    index first, number;
+  };
+
+  // A weight gradient (slots, parts, rows, columns), of which some rows and columns are computed, as the product of two
+  // operands whose k are a segment's rows.
+  struct Outer {
+    Element* target;
+    index parts, rows, columns;
+    Span of_rows, of_columns;
+    const Element *left, *right;
+  };
+
   struct Desk {  // where a wave is computed
     bool is_shared;
+    index span;  // column blocks of the hidden layer that go through all products at a time
     Element *dy_left, *dy_transposed, *x_right, *d_pre_left, *d_pre_transposed, *hidden_right, *panel;
-    float* weight_parts;
+    float *weight_parts, *x_sums;
   };
+
+  // One thread's own experts of few rows go through all products by spans of the hidden layer, so that what is packed
+  // is still in the second-level cache when it is used. The price is that sums of the rows' gradients wait in fp32, so
+  // only products that are as fast as those of tiles gain.
+  index own_span() const {
+    constexpr index SPAN = 8, MOST_SUMS = 1 << 19;
+    if (!Multiplier::HAS_TILES || !c.amx) return hidden;
+    const index sums = plan.most_alone * model * TILE * (index)sizeof(float);
+    return c.d_x && sums > MOST_SUMS ? hidden : least(SPAN, hidden);
+  }
 
   size_t place(Desk& desk, bool is_shared, Scratch* memory) const {
     size_t total = 0;
@@ -146,29 +185,36 @@ class Backward {
       if (is_needed) total += Scratch::size<T>(size);
     };
     desk.is_shared = is_shared;
+    desk.span = is_shared ? hidden : own_span();
+    const index span = desk.span, panel = std::max(WIDEST_OF_K * (output + halves * span), WIDEST * halves * hidden);
     buffer(desk.dy_left, needs_hidden, rows * output * TILE);
     buffer(desk.dy_transposed, c.d_w2 && !TURNED, rows * output * TILE);
     buffer(desk.x_right, c.d_w1, rows * model * TILE);
-    buffer(desk.d_pre_left, c.d_x || (c.d_w1 && TURNED), rows * halves * hidden * TILE);
-    buffer(desk.d_pre_transposed, c.d_w1 && !TURNED, rows * halves * hidden * TILE);
-    buffer(desk.hidden_right, c.d_w2, rows * hidden * TILE);
+    buffer(desk.d_pre_left, c.d_x || (c.d_w1 && TURNED), rows * halves * span * TILE);
+    buffer(desk.d_pre_transposed, c.d_w1 && !TURNED, rows * halves * span * TILE);
+    buffer(desk.hidden_right, c.d_w2, rows * span * TILE);
     buffer(desk.weight_parts, c.d_weight, rows * hidden * BLOCK);
-    buffer(desk.panel, !is_shared, std::max(WIDEST_OF_K * output, WIDEST * halves * hidden) * TILE);
+    buffer(desk.x_sums, c.d_x && span < hidden, rows * model * TILE);
+    buffer(desk.panel, !is_shared, panel * TILE);
     return total;
   }
 
   void compute(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
     pack_wave(wave, desk);
-    if (needs_hidden) hidden_gradient(wave, desk, multiply);
+    for (index first = 0; needs_hidden && first < hidden; first += desk.span) {
+      const Span span = {first, least(desk.span, hidden - first)};
+      hidden_gradient(wave, desk, span, multiply);
+      if (c.d_w2)
+        outer_product(wave, desk, multiply,
+                      {pointer<Element>(c.d_w2), 1, c.output, c.hidden, {0, output}, span,
+                       TURNED ? desk.dy_left : desk.dy_transposed, desk.hidden_right});
+      if (c.d_w1)
+        outer_product(wave, desk, multiply,
+                      {pointer<Element>(c.d_w1), halves, c.hidden, c.model, span, {0, model},
+                       TURNED ? desk.d_pre_left : desk.d_pre_transposed, desk.x_right});
+      if (c.d_x) input_gradient(wave, desk, span, multiply);
+    }
     if (c.d_weight) sum_weight_parts(wave, desk);
-    if (c.d_w2)
-      outer_product(wave, desk, multiply, pointer<Element>(c.d_w2), TURNED ? desk.dy_left : desk.dy_transposed,
-                    output, c.output, 1,
-                    desk.hidden_right, hidden, c.hidden);
-    if (c.d_w1)
-      outer_product(wave, desk, multiply, pointer<Element>(c.d_w1), TURNED ? desk.d_pre_left : desk.d_pre_transposed,
-                    hidden, c.hidden, halves, desk.x_right, model, c.model);
-    if (c.d_x) input_gradient(wave, desk, multiply);
   }
 
   void clear_all() const {
@@ -251,19 +297,20 @@ class Backward {
   }
 
   // g, and all that follows from it elementwise. One task: some column blocks of the hidden layer of a segment.
-  void hidden_gradient(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
-    const index width = task_width(hidden, output, desk.is_shared ? c.threads : 1, WIDEST_OF_K);
-    const index groups = (hidden + width - 1) / width;
+  void hidden_gradient(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply) const {
+    const index width = task_width(span.number, output, desk.is_shared ? c.threads : 1, WIDEST_OF_K);
+    const index groups = (span.number + width - 1) / width;
     Pipeline<HiddenGradient> pipeline(multiply);
     alignas(64) Element rows[2][3][TILE];
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
-      const index first = task % groups * width, number = least(width, hidden - first);
+      const index first = task % groups * width, number = least(width, span.number - first);
       alignas(64) float d_bias[WIDEST_OF_K][2][BLOCK] = {};
       const Element* weights = pointer<Element>(c.w2) + segment.slot * c.output * c.hidden;
-      pack_columns_of_k(desk.panel, output, weights, c.hidden, c.output, first, number);
-      const index next = first + number < hidden ? first + number : 0;
-      const Area soon = columns_of_k(weights, c.hidden, c.output, next, next ? width : 0);
+      pack_columns_of_k(desk.panel, output, weights, c.hidden, c.output, span.first + first, number);
+      const index next = first + number;
+      const Area soon = next < span.number ? columns_of_k(weights, c.hidden, c.output, span.first + next, width)
+                                           : first_weights(segment, span);
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j;
         Operands<Element> operands = {desk.dy_left + b * output * TILE, desk.panel, output * TILE, 1, c.output};
@@ -274,12 +321,19 @@ class Backward {
                           desk.is_shared ? packed_rows(desk.dy_left, b + 1, output) : soon,
                           desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks, [&](index i) {
                             const index next = i < last ? ABREAST * BLOCK : row - last * BLOCK;
-                            return hidden_gradient_of(wave, desk, b, first + i, next, rows[i % 2], d_bias[i]);
+                            return hidden_gradient_of(wave, desk, b, span, first + i, next, rows[i % 2], d_bias[i]);
                           });
       }
       pipeline.drain();
-      for (index i = 0; c.d_b1 && i < number; ++i) store_bias1(segment, (first + i) * BLOCK, d_bias[i]);
+      for (index i = 0; c.d_b1 && i < number; ++i) store_bias1(segment, (span.first + first + i) * BLOCK, d_bias[i]);
     });
+  }
+
+  // What the gradients of the rows read of w1 for a span, which follows soon where it is not all of the hidden layer.
+  Area first_weights(const Segment& segment, Span span) const {
+    if (!c.d_x || span.number == hidden) return {};
+    return columns_of(pointer<Element>(c.w1) + segment.slot * halves * c.hidden * c.model, halves, c.hidden, c.model,
+                      span.first, span.number);
   }
 
   void store_bias1(const Segment& segment, index first, const float (&d_bias)[2][BLOCK]) const {
@@ -294,11 +348,12 @@ class Backward {
     }
   }
 
-  HiddenGradient hidden_gradient_of(const Wave& wave, const Desk& desk, index b, index column, index next,
+  // `column` counts from the span's first one.
+  HiddenGradient hidden_gradient_of(const Wave& wave, const Desk& desk, index b, Span span, index column, index next,
                                     Element (&rows)[3][TILE], float (&d_bias)[2][BLOCK]) const {
     const RowBlock& block = wave.rows[b];
     const Segment& segment = wave.segments[block.segment];
-    const index start = segment.first_block, j = b - start, first = column * BLOCK;
+    const index start = segment.first_block, j = b - start, first = (span.first + column) * BLOCK;
     HiddenGradient result;
     result.steps = TURNED ? block.count : BLOCK + halves + 1;
     result.count = block.count;
@@ -310,17 +365,18 @@ class Backward {
     result.next = next;
     result.pre = pointer<Element>(c.pre) + block.start * halves * c.hidden + first;
     if (weight()) result.weight = weight() + block.start;
-    if (c.d_weight) result.weight_parts = desk.weight_parts + b * BLOCK * hidden + column;
+    if (c.d_weight) result.weight_parts = desk.weight_parts + b * BLOCK * hidden + span.first + column;
     if (c.d_b1) result.d_bias = d_bias;
-    if (c.d_w2) result.hidden_right = desk.hidden_right + (start * hidden + column * segment.blocks + j) * TILE;
+    if (c.d_w2)
+      result.hidden_right = desk.hidden_right + (start * span.number + column * segment.blocks + j) * TILE;
     result.hidden_rows = TURNED ? result.hidden_right : rows[2];
     for (index half = 0; half < halves; ++half) {
-      const index place = half * hidden + column;
-      if (desk.d_pre_left) result.d_pre_rows[half] = desk.d_pre_left + (b * halves * hidden + place) * TILE;
+      const index place = half * span.number + column;
+      if (desk.d_pre_left) result.d_pre_rows[half] = desk.d_pre_left + (b * halves * span.number + place) * TILE;
       else if (c.d_w1) result.d_pre_rows[half] = rows[half];
       if (desk.d_pre_transposed)
         result.d_pre_transposed[half] =
-            desk.d_pre_transposed + (start * halves * hidden + place * segment.blocks + j) * TILE;
+            desk.d_pre_transposed + (start * halves * span.number + place * segment.blocks + j) * TILE;
     }
     return result;
   }
@@ -335,34 +391,40 @@ class Backward {
     });
   }
 
-  // A weight gradient (slots, parts, size, columns): the product of two operands whose k are a segment's rows. The
-  // left one's tiles are [block][rows], or where they are TURNED [rows][block].
+  // Row blocks of a weight gradient that are computed side by side. In bf16 one: writing whole rows is half of the time,
+  // unless the right operand is too large to stay in the second-level cache; then it is read once for several.
+  static index rows_abreast(const Wave& wave, index column_blocks) {
+    constexpr index NEAR_TILES = 512;
+    const index depth = wave.rows.size() / wave.segments.size();
+    return IS_BF16 && depth * column_blocks <= NEAR_TILES ? 1 : 4;
+  }
+
+  // The left operand's tiles are [block][rows], or where they are TURNED [rows][block].
   // One task: some row blocks of the gradient, whose left operands stay in the cache over all columns.
-  void outer_product(const Wave& wave, const Desk& desk, const Multiplier& multiply, Element* target,
-                     const Element* left, index left_blocks, index size, index parts, const Element* right,
-                     index right_blocks, index columns) const {
-    constexpr index GROUP = IS_BF16 ? 1 : 4;  // in bf16 whole rows, as writing them is half of the time
-    const index all = left_blocks * parts, groups = (all + GROUP - 1) / GROUP;
-    const bool streams = reinterpret_cast<index>(target) % 64 == 0 && columns * sizeof(Element) % 64 == 0;
+  void outer_product(const Wave& wave, const Desk& desk, const Multiplier& multiply, const Outer& o) const {
+    const index row_blocks = o.of_rows.number, column_blocks = o.of_columns.number;
+    const index group = rows_abreast(wave, column_blocks), all = row_blocks * o.parts;
+    const index groups = (all + group - 1) / group;
+    const bool streams = reinterpret_cast<index>(o.target) % 64 == 0 && o.columns * sizeof(Element) % 64 == 0;
     Pipeline<StoreRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
-      const index first = task % groups * GROUP, depth = segment.blocks, left_step = TURNED ? all * TILE : TILE;
-      const Element* lefts = left + segment.first_block * all * TILE;
-      const Element* rights = right + segment.first_block * right_blocks * TILE;
-      for (index column = 0; column < right_blocks; column += ABREAST)
-        for (index row = first; row < least(first + GROUP, all); ++row) {
-          const index within = row % left_blocks * BLOCK, height = least(BLOCK, size - within);
-          Element* place = target + ((segment.slot * parts + row / left_blocks) * size + within) * columns;
+      const index first = task % groups * group, depth = segment.blocks, left_step = TURNED ? all * TILE : TILE;
+      const Element* lefts = o.left + segment.first_block * all * TILE;
+      const Element* rights = o.right + segment.first_block * column_blocks * TILE;
+      for (index column = 0; column < column_blocks; column += ABREAST)
+        for (index row = first; row < least(first + group, all); ++row) {
+          const index within = (o.of_rows.first + row % row_blocks) * BLOCK, height = least(BLOCK, o.rows - within);
+          Element* place = o.target + ((segment.slot * o.parts + row / row_blocks) * o.rows + within) * o.columns;
           Operands<Element> operands = {lefts + row * (TURNED ? 1 : depth) * TILE, rights + column * depth * TILE,
                                         depth * TILE, 1, segment.count, segment.height, left_step, TURNED};
           operands.next_left = operands.left + (TURNED ? 1 : depth) * TILE;
           operands.next_right = operands.right;
-          pipeline.products(operands, least(ABREAST, right_blocks - column), height,
+          pipeline.products(operands, least(ABREAST, column_blocks - column), height,
                             packed_rows(rights, column / ABREAST + 1, ABREAST * depth),
-                            row - first, GROUP, [&](index i) {
-                              const index at = (column + i) * BLOCK;
-                              return StoreRows{height, place + at, columns, columns - at, nullptr, segment.again,
+                            row - first, group, [&](index i) {
+                              const index at = (o.of_columns.first + column + i) * BLOCK;
+                              return StoreRows{height, place + at, o.columns, o.columns - at, nullptr, segment.again,
                                                streams && !segment.again};
                             });
         }
@@ -372,35 +434,54 @@ class Backward {
   }
 
   // One task: some column blocks of the rows' gradients of a segment.
-  void input_gradient(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
-    const index depth = halves * hidden, width = task_width(model, depth, desk.is_shared ? c.threads : 1);
-    const index groups = (model + width - 1) / width;
-    Pipeline<StoreRows> pipeline(multiply);
+  void input_gradient(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply) const {
+    const bool is_whole = span.number == hidden;
+    const index depth = halves * span.number;
+    const index width = task_width(model, depth, desk.is_shared ? c.threads : 1, is_whole ? WIDEST : WIDEST_OF_K);
+    const index groups = (model + width - 1) / width, size = least(span.number * BLOCK, c.hidden - span.first * BLOCK);
+    Pipeline<SpanRows> pipeline(multiply);
     each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, model - first);
-      const Element* weights = pointer<Element>(c.w1) + segment.slot * halves * c.hidden * c.model;
+      const Element* weights =
+          pointer<Element>(c.w1) + (segment.slot * halves * c.hidden + span.first * BLOCK) * c.model;
       for (index half = 0; half < halves; ++half)
-        pack_columns_of_k(desk.panel + half * hidden * TILE, depth, weights + half * c.hidden * c.model, c.model,
-                          c.hidden, first, number);
-      const Area soon = columns_of_k(weights, c.model, halves * c.hidden, first + number, width);
+        pack_columns_of_k(desk.panel + half * span.number * TILE, depth, weights + half * c.hidden * c.model, c.model,
+                          size, first, number);
+      const Area soon = is_whole ? columns_of_k(weights, c.model, halves * c.hidden, first + number, width)
+                                 : next_second_weights(segment, span);
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j;
-        const RowBlock& rows = wave.rows[b];
         Operands<Element> operands = {desk.d_pre_left + b * depth * TILE, desk.panel, depth * TILE, 1,
-                                      halves == 1 ? c.hidden : depth * BLOCK};
+                                      halves == 1 ? size : depth * BLOCK};
         operands.next_left = operands.left + depth * TILE;
         operands.next_right = desk.panel;
-        pipeline.products(operands, number, rows.count,
+        if (span.first) operands.begin = waiting(desk, b, first);
+        const index part = task * segment.blocks + j, parts = groups * segment.blocks;
+        pipeline.products(operands, number, wave.rows[b].count,
                           desk.is_shared ? packed_rows(desk.d_pre_left, b + 1, depth) : soon,
-                          desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks, [&](index i) {
-                            const index at = (first + i) * BLOCK;
-                            return StoreRows{rows.count, pointer<Element>(c.d_rows) + rows.start * c.model + at,
-                                             c.model, c.model - at};
-                          });
+                          desk.is_shared ? 0 : is_whole ? j : part,
+                          desk.is_shared ? 1 : is_whole ? segment.blocks : parts,
+                          [&](index i) { return input_rows(wave, desk, b, span, first + i); });
       }
       pipeline.drain();
     });
+  }
+
+  SpanRows input_rows(const Wave& wave, const Desk& desk, index b, Span span, index column) const {
+    const RowBlock& rows = wave.rows[b];
+    const index at = column * BLOCK;
+    const bool is_last = span.first + span.number == hidden;
+    return {rows.count, pointer<Element>(c.d_rows) + rows.start * c.model + at, c.model, c.model - at,
+            is_last ? nullptr : waiting(desk, b, column)};
+  }
+
+  float* waiting(const Desk& desk, index b, index column) const { return desk.x_sums + (b * model + column) * TILE; }
+
+  // What the next span reads of w2.
+  Area next_second_weights(const Segment& segment, Span span) const {
+    return columns_of_k(pointer<Element>(c.w2) + segment.slot * c.output * c.hidden, c.hidden, c.output,
+                        span.first + span.number, span.number);
   }
 
   const BackwardCall& c;

@@ -155,6 +155,7 @@ class Pipeline {
       operands.parts = least(ABREAST, number - i);
       operands.next_left = ends ? left : operands.left;
       operands.next_right = ends ? right : operands.right + ABREAST * operands.apart;
+      if (i && operands.begin) operands.begin += ABREAST * TILE;
       if (operands.parts == 2) {
         const Epilogue second = epilogue(i + 1);
         product(operands, rows, ahead, epilogue(i), &second);

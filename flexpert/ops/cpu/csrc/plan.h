@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr index WAVE_BLOCKS = 32, ALONE_ROWS = 512;
+constexpr index WAVE_BLOCKS = 32, ALONE_ROWS = sizeof(Element) == 2 ? 512 : 1024;
 
 struct Segment {
   index start, count;          // its rows

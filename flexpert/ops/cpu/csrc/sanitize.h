@@ -138,6 +138,12 @@ inline void checked_tile_loadconfig(const void* config) {
     check_tile(tile, base, stride);     \
     _tile_loadd_internal(tile, base, stride); \
   } while (0)
+#undef _tile_stream_loadd
+#define _tile_stream_loadd(tile, base, stride) \
+  do {                                         \
+    check_tile(tile, base, stride);            \
+    _tile_stream_loadd_internal(tile, base, stride); \
+  } while (0)
 #undef _tile_stored
 #define _tile_stored(tile, base, stride) \
   do {                                   \

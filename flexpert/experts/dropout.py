@@ -1,4 +1,4 @@
-"""The experts of SwinV2-MoE: MLPs with dropout between their two matrices."""
+"""Experts with dropout on their hidden layer, as T5 and SwinV2-MoE have it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from flexpert import ops
 from flexpert.core.errors import ConfigError
 from flexpert.core.registry import EXPERTS
 from flexpert.core.routing import Routing
-from flexpert.experts import ExpertBank, ExpertBatch, MLPExperts
-from flexpert.experts.bank import autocast_dtype, weighted_sum
 from flexpert.ops.activations import get_activation
+
+from .bank import ExpertBank, ExpertBatch, autocast_dtype, weighted_sum
+from .mlp import MLPExperts
+
+DEFAULT_DROPOUT = 0.1
 
 
 @EXPERTS.register("mlp_dropout")
@@ -33,7 +36,7 @@ class DropoutMLPExperts(MLPExperts):
         activation: str = "gelu",
         bias: bool | str = False,
         init_std: float | None = None,
-        dropout: float = 0.1,
+        dropout: float = DEFAULT_DROPOUT,
     ) -> None:
         super().__init__(
             num_experts=num_experts,
@@ -54,8 +57,15 @@ class DropoutMLPExperts(MLPExperts):
             return super().forward(batch)
         rows_ND = batch.rows_ND.to(autocast_dtype(batch.rows_ND))
         w1, b1, w2, b2 = self.weights_in(rows_ND.dtype)
-        pre_NF = ops.grouped_linear(rows_ND, w1, b1, batch.counts_E, batch.slot_E)
-        hidden_NF = F.dropout(get_activation(self.activation).forward(pre_NF), self.dropout, self.training)
+        b1 = None if b1 is None else b1.flatten(1)
+        pre = ops.grouped_linear(rows_ND, w1.flatten(1, -2), b1, batch.counts_E, batch.slot_E)
+        act = get_activation(self.activation).forward
+        if self.gated:
+            gate_NF, up_NF = pre.chunk(2, dim=-1)
+            hidden_NF = act(gate_NF) * up_NF
+        else:
+            hidden_NF = act(pre)
+        hidden_NF = F.dropout(hidden_NF, self.dropout, self.training)
         return ops.grouped_linear(hidden_NF, w2, b2, batch.counts_E, batch.slot_E)
 
     def rows(self, x_RD: Tensor, unit_N: Tensor, counts_E: Tensor, slot_E: Tensor | None = None) -> Tensor:
@@ -71,3 +81,10 @@ class DropoutMLPExperts(MLPExperts):
         rows_ND = ops.gather_rows(x_TD, routing.unit_N, routing.counts_E)
         batch = ExpertBatch(rows_ND=rows_ND, counts_E=routing.counts_E, unit_N=routing.unit_N, slot_E=slot_E)
         return weighted_sum(self(batch), routing, x_TD.dtype)
+
+
+@EXPERTS.register("glu_dropout")
+class DropoutGLUExperts(DropoutMLPExperts):
+    """`GLUExperts` with dropout on the hidden layer in training; arguments as of `DropoutMLPExperts`."""
+
+    gated = True

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flexpert import ConfigError, MoE, MoEConfig, RoutingContext
-from flexpert.models.dropout_experts import DropoutMLPExperts
+from flexpert.experts import DropoutGLUExperts, DropoutMLPExperts
 from flexpert.routers import LinearRouter
 
 
@@ -63,3 +63,29 @@ def test_gradients_with_dropout_equal_a_naive_loop():
 def test_bad_rate_is_refused(dropout):
     with pytest.raises(ConfigError, match=f"dropout={dropout}"):
         make(dropout)
+
+
+def test_gated_experts_drop_their_product():
+    bank = DropoutGLUExperts(num_experts=1, model_dim=64, hidden_dim=64, activation="identity", dropout=0.25)
+    moe = MoE(router=LinearRouter(model_dim=64, num_experts=1), experts=bank).train()
+    with torch.no_grad():
+        bank.w1.copy_(torch.eye(64).expand(1, 2, 64, 64))  # y is the hidden layer, which is x squared
+        bank.w2.copy_(torch.eye(64)[None])
+    x = torch.rand(200, 64) + 1
+    y = moe(x)
+    dropped = y == 0
+    torch.testing.assert_close(y[~dropped], x.square()[~dropped] / 0.75)
+    assert 0.23 < dropped.float().mean() < 0.27
+    torch.testing.assert_close(moe.eval()(x), x.square())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "glu"])
+def test_shared_experts_of_a_config_drop_too(kind):
+    config = {"model_dim": 6, "hidden_dim": 12, "num_experts": 3, "num_shared_experts": 1}
+    moe = MoE(MoEConfig(**config, expert={"name": f"{kind}_dropout", "dropout": 0.3}, shared_hidden_dim=40))
+    assert moe.shared.expert.gated == (kind == "glu")
+    assert moe.shared.expert.hidden_dim == 40
+    x = torch.randn(5, 6)
+    assert not torch.equal(moe.shared(x), moe.shared(x))
+    assert torch.equal(moe.eval().shared(x), moe.shared(x))
+    assert MoE(MoEConfig(**config, expert=kind)).shared.dropout == 0
