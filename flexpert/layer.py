@@ -136,14 +136,19 @@ class MoE(nn.Module):
             context = scope.context_for_call() if context is None else context
             plan = scope.plan_for_call() if plan is None else plan
         context = (context or _DEFAULT).with_overrides(top_k, capacity_factor).for_tokens(x.shape[:-1])
-        x_TD = x.reshape(-1, x.shape[-1])
+        x_TD = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         real_TD = context.hide_padding(x_TD)
-        routing = self.router(real_TD, context)
-        y_TO = self.transport(real_TD, routing, self.experts, self.combine, plan)
+        recording = scope is not None and scope.wants_info()
+        y_TO: Tensor | None = None
+        if not recording and not return_info:
+            y_TO = self.transport.at_once(real_TD, self.router, self.experts, context, plan)
+        if y_TO is None:
+            routing = self.router(real_TD, context)
+            y_TO = self.transport(real_TD, routing, self.experts, self.combine, plan)
+        assert y_TO is not None
         if self.shared is not None:
             y_TO = y_TO + self.shared(x_TD)
         y = y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])  # FSDP warns of views
-        recording = scope is not None and scope.wants_info()
         if not recording and not return_info:
             return y
         context = self.transport.complete(context)
@@ -176,7 +181,10 @@ class MoE(nn.Module):
             raise InputError(f"x has shape {tuple(x.shape)}; expected (..., model_dim={dim})")
         if not x.is_floating_point():
             raise InputError(f"x has dtype {x.dtype}; expected a floating dtype (convert with x.float())")
-        parameter = next(self.parameters(), None)
+        own = (weight for weight in self.router._parameters.values() if weight is not None)
+        parameter = next(own, None)
+        if parameter is None:
+            parameter = next(self.parameters(), None)
         if parameter is not None and parameter.device != x.device:
             raise InputError(
                 f"x is on {x.device}, the layer on {parameter.device}; move one of them with .to(device)"

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from flexpert import ops
 from flexpert.core.context import RoutingContext
@@ -21,6 +22,17 @@ from .experts import ExpertBatch
 
 if TYPE_CHECKING:
     from flexpert.parallel.chooser import PlanChooser
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches calls of a module, or has put another `forward` in the place of its own."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+    )
+    return any(hooks) or "forward" in vars(module)
 
 
 class LocalTransport:
@@ -48,6 +60,23 @@ class LocalTransport:
     def complete(self, context: RoutingContext) -> RoutingContext:
         """The context with what the ranks add to it: nothing."""
         return context
+
+    def at_once(
+        self, x_TD: Tensor, router: Any, experts: Any, context: RoutingContext, plan: AnyPlan | None
+    ) -> Tensor | None:
+        """The routed experts' output of few tokens where nobody needs their routing, in one operator.
+
+        None where that cannot be: parts that do more than it knows, hooks, gradients, compilation.
+        """
+        if plan is not None or self.plan is not None or self.chooser is not None:
+            return None
+        if not self.fused or len(x_TD) > ops.FEW_TOKENS:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return None
+        choice = getattr(router, "choice", None)
+        choice = None if choice is None or has_hooks(router) else choice(x_TD, context)
+        return None if choice is None else experts.routed(x_TD, choice)
 
     def __call__(
         self,

@@ -109,18 +109,9 @@ def _sorted(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fused(problem: Problem) -> Step:
-    """`flexpert.ops.assign` and the fused `flexpert.ops.grouped_mlp`."""
-    shape = problem.shape
-
-    def step() -> Tensor:
-        order, counts = ops.assign(problem.id_TK.reshape(-1), shape.num_experts)
-        weight = problem.weight_TK.reshape(-1)[order]
-        return ops.grouped_mlp(
-            problem.x_TD, order // shape.top_k, weight, counts, None,
-            problem.w1, None, problem.w2, None, shape.activation,
-        )  # fmt: skip
-
-    return step
+    """`flexpert.ops.chosen_mlp`: `assign` and the fused `grouped_mlp`, of few tokens in one call."""
+    experts = ops.ExpertMLP(problem.w1, None, problem.w2, None, problem.shape.activation)
+    return lambda: ops.chosen_mlp(problem.x_TD, problem.id_TK, problem.weight_TK, experts)
 
 
 def prepacked(problem: Problem) -> Step:
@@ -132,16 +123,8 @@ def prepacked(problem: Problem) -> Step:
     for packed in (w1, w2):
         prefer_huge_pages(packed)
     sizes = shape.hidden_dim, shape.model_dim
-
-    def step() -> Tensor:
-        order, counts = ops.assign(problem.id_TK.reshape(-1), shape.num_experts)
-        weight = problem.weight_TK.reshape(-1)[order]
-        return ops.grouped_mlp_packed(
-            problem.x_TD, order // shape.top_k, weight, counts, None,
-            w1, None, w2, None, *sizes, shape.activation,
-        )  # fmt: skip
-
-    return step
+    experts = ops.ExpertMLP(w1, None, w2, None, shape.activation, packed=sizes)
+    return lambda: ops.chosen_mlp(problem.x_TD, problem.id_TK, problem.weight_TK, experts)
 
 
 def layer(problem: Problem) -> Step:

@@ -80,6 +80,10 @@ class ExpertBank(nn.Module):
         """Gather, experts and weighted sum in one: (T, O) in x's dtype; only where `has_fused`."""
         raise TypeError(f"{type(self).__name__} has no fused path")
 
+    def routed(self, x_TD: Tensor, choice: ops.TokenChoice) -> Tensor | None:
+        """What `fused` gives for the routing of `choice`, in x's dtype; None where no operator has both."""
+        return None
+
     def padded(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """As `fused`, by way of buffers of equal size for every expert, where the bank has such a way."""
         return self.fused(x_TD, routing)

@@ -114,6 +114,22 @@ class MLPExperts(PackableBank):
             return weighted_sum(self(batch), routing, x_TD.dtype)
         return self._fused(x, routing.unit_N, routing.weight_N, routing.counts_E, slot_E).to(x_TD.dtype)
 
+    def routed(self, x_TD: Tensor, choice: ops.TokenChoice) -> Tensor | None:
+        """Routing and `fused` in one operator; see `ExpertBank.routed`."""
+        plain = type(self).fused is MLPExperts.fused and "fused" not in vars(self)
+        w1: Tensor | None = self._parameters.get("w1")
+        w2: Tensor | None = self._parameters.get("w2")
+        packed = None
+        if plain and self.is_packed:
+            w1, w2, packed = self.packed_w1, self.packed_w2, (self.hidden_dim, self.output_dim)
+        if not plain or w1 is None or w2 is None or w1.dtype != x_TD.dtype or not x_TD.is_cpu:
+            return None
+        prefer_huge_pages(w1)
+        prefer_huge_pages(w2)
+        return ops.routed_mlp(
+            x_TD, choice, ops.ExpertMLP(w1, self.b1, w2, self.b2, self.activation, packed=packed)
+        )
+
     def padded(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """As `fused`, by batched products over buffers of equal size; see `ExpertBank.padded`."""
         x = x_TD.to(autocast_dtype(x_TD))

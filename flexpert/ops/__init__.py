@@ -8,15 +8,15 @@ waits for the device. Sums are accumulated in fp32 (fp64 for fp64). All are diff
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from flexpert.core.errors import ConfigError
 
-from . import select
 from .activations import ACTIVATIONS, Activation, get_activation
+from .at_once import FEW_TOKENS, chosen_mlp, routed_mlp
+from .calls import call as _call
+from .handles import ExpertMLP, TokenChoice
 from .library_route import OPERATORS
 from .portable_route import SCORINGS
 from .routes import Routes
@@ -25,11 +25,15 @@ from .wanted import wanted_kernel, wanting
 
 __all__ = [
     "ACTIVATIONS",
+    "FEW_TOKENS",
     "SCORINGS",
     "Activation",
+    "ExpertMLP",
     "Routes",
+    "TokenChoice",
     "able",
     "assign",
+    "chosen_mlp",
     "gather_rows",
     "get_activation",
     "grouped_linear",
@@ -37,6 +41,7 @@ __all__ = [
     "grouped_mlp_packed",
     "report",
     "route",
+    "routed_mlp",
     "router_logits",
     "scatter_combine",
     "use_backend",
@@ -45,37 +50,6 @@ __all__ = [
 ]
 
 _grouped_linear = OPERATORS.grouped_linear.default
-_OPERATORS = {
-    name: getattr(OPERATORS, name).default
-    for name in (
-        "assign", "gather_rows", "grouped_mlp", "grouped_mlp_packed", "route", "router_logits",
-        "scatter_combine",
-    )
-}  # fmt: skip
-_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, torch.dtype, type(None)}
-
-
-def _call(name: str, *args: Any) -> Any:
-    """The operator of that name; where no gradient is wanted, without the detour through autograd's Python.
-
-    And where nobody watches, without the dispatcher: decoding waits for every microsecond, and it takes ten.
-    """
-    operator = _OPERATORS[name]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return operator(*args)
-    if _is_unwatched(args):
-        return select.kernel(name, "cpu", args[0].dtype)(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
-
-
-def _is_unwatched(args: tuple[Any, ...]) -> bool:
-    """Whether the arguments are plain tensors on the CPU, and no mode, transform or profiler watches."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() or torch.autograd._profiler_enabled():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or not args[0].is_cpu:
-        return False
-    return _PLAIN.issuperset(map(type, args))
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:

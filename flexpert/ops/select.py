@@ -18,6 +18,7 @@ from flexpert.core.errors import ConfigError, InputError
 
 from . import grouped, portable, portable_mlp, portable_route, reference
 from .cpu import backend as cpu
+from .cpu.build import native
 from .wanted import wanted_kernel
 
 Kernel = Callable[..., Any]
@@ -116,6 +117,36 @@ def kernel(operator: str, device: str, dtype: torch.dtype) -> Kernel:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
             raise InputError(f"no backend runs {operator} on {device} in {dtype} ({reasons})")
         found = _live[operator, device, dtype, wanted] = chosen.kernels[operator]
+    return found
+
+
+# What a shortcut stands for, each with the dtype of its first tensor; None for that of the tokens.
+_PARTS: dict[str, dict[str, torch.dtype | None]] = {
+    "routed_mlp": {"router_logits": None, "route": torch.float32},
+    "chosen_mlp": {"assign": torch.int64},
+}
+
+
+def _no_shortcut(*args: Any) -> None:
+    """What runs where there is none."""
+
+
+def shortcut(name: str, dtype: torch.dtype, *, packed: bool) -> Kernel:
+    """The native call for several operators on a CPU, where it would run each; else one that returns None."""
+    key = f"{name} packed" if packed else name, "cpu", dtype, "auto"
+    found = _live.get(key)
+    if found is None:
+        mlp: dict[str, torch.dtype | None] = {"grouped_mlp_packed" if packed else "grouped_mlp": None}
+        parts = _PARTS[name] | mlp
+        chosen = [
+            _choose(CallFacts(operator=operator, device="cpu", dtype=kind or dtype))[0]
+            for operator, kind in parts.items()
+        ]
+        runs = all(backend is NATIVE for backend in chosen)
+        if runs and packed:
+            runs = native().instructions(dtype) != "AVX2"  # which unpacks them
+        found = cpu.SHORTCUTS[name] if runs else _no_shortcut
+        _live[key] = found
     return found
 
 

@@ -57,6 +57,9 @@ class ExpertParallel:
             return context
         return dataclasses.replace(context, all_reduce=lambda tensor: all_reduce(tensor, self.mesh.everyone))
 
+    def at_once(self, *args: Any) -> None:
+        """None: rows travel, so all parts are needed one by one."""
+
     def check(self, plan: ExecutionPlan, experts: Any) -> None:
         """Refuse a plan that this layer cannot run, before any work is done.
 

@@ -252,6 +252,22 @@ def _build_selection(spec: Spec, num_experts: int, top_k: int) -> Any:
 class LinearRouter(LinearScore, TokenChoiceRouter):
     """Token choice by a linear score."""
 
+    def choice(self, x_TD: Tensor, context: RoutingContext) -> ops.TokenChoice | None:
+        """What `forward` would do with these tokens, as data; None where one operator has not all of it."""
+        weight, bias, jitters = self.weight, self.selection_bias, self.gate_noise or self.input_jitter
+        if type(self) is not LinearRouter or "score" in vars(self) or not self._is_plain(context):
+            return None  # a class of one's own may do anything
+        if not self.fp32 or weight.dtype != x_TD.dtype or weight.device != x_TD.device:
+            return None
+        if self.training and (jitters or self.noise_weight is not None):
+            return None
+        top_k, capacity_factor = self._settings(context)
+        capacity = capacity_of(capacity_factor, top_k, self.num_experts, context, len(x_TD))
+        return ops.TokenChoice(
+            weight, top_k, self.scoring, bias, self.weight_rule.normalizes(top_k), self.weight_rule.scale,
+            None if capacity is None else capacity.bound, self.batch_prioritized,
+        )  # fmt: skip
+
 
 class CosineRouter(CosineScore, TokenChoiceRouter):
     """Token choice by cosine similarity with a learned temperature."""

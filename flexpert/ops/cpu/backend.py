@@ -16,17 +16,15 @@ from flexpert.ops.activations import get_activation
 from flexpert.ops.memory import empty
 from flexpert.ops.products import slack
 
-from . import route
+from . import layer, route
 from .build import native
 from .checks import check, check_inputs, check_packed
+from .layer import NUMBER, SUFFIX
 from .threads import num_threads
 
 if TYPE_CHECKING:
     from flexpert.ops.select import CallFacts
 
-SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-NAMES = ("gelu", "gelu_tanh", "identity", "relu", "sigmoid", "silu", "squared_relu", "tanh")
-_NUMBER = {name: number for number, name in enumerate(NAMES)}
 
 # The fields of ForwardCall and BackwardCall: 64-bit integers, tensors by their address, null for none.
 FORWARD = struct.Struct("=24q")
@@ -94,7 +92,7 @@ def _sizes(
     rows, experts = unit_N.shape[0], counts_E.shape[0]
     units, model_dim = x_TD.shape
     return (
-        units, rows, model_dim, hidden_dim, output_dim, experts, slots, gated, _NUMBER[activation],
+        units, rows, model_dim, hidden_dim, output_dim, experts, slots, gated, NUMBER[activation],
         num_threads(), native().instructions(x_TD.dtype) == "AMX",
     )  # fmt: skip
 
@@ -222,3 +220,4 @@ KERNELS = {
     "grouped_mlp_pre": grouped_mlp_pre,
     **route.KERNELS,
 }
+SHORTCUTS = layer.SHORTCUTS

@@ -35,6 +35,7 @@ AVX2 = ("-mavx2", "-mfma")
 # standard library is linked once, as the first of them has it: those that run on fewer processors come later.
 UNITS: dict[str, tuple[str, ...]] = {
     "probe": (),
+    "layer": (),
     "route_avx2": AVX2,
     "f32_avx2": AVX2,
     "bf16_avx2": AVX2,

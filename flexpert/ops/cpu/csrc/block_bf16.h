@@ -79,8 +79,9 @@ inline void pack_left_transposed(Element* tile, const Element* const* rows, inde
   store_halves(tile, halves);
 }
 
-inline void pack_right_transposed(Element* tile, const Element* const* rows, index first, index width) {
-  for (index half = 0; half < 2; ++half) {
+inline void pack_right_transposed(Element* tile, const Element* const* rows, index first, index width,
+                                  index halves = 2) {
+  for (index half = 0; half < halves; ++half) {
     __m512i square[16];
     for (index i = 0; i < 16; ++i) {
       const Element* source = rows[16 * half + i];
@@ -132,47 +133,43 @@ struct Multiplier {
     }
   }
 
-  // At most 16 rows as the left operand of `stream_packed`: rows past `count` are zero, others are not touched.
+  // At most 32 rows as the left operand of `stream_packed`: rows past `count` are zero, others are not touched.
   static void pack_few(Element* tiles, const Element* const* rows, index count, index size) {
+    const index height = count > 16 ? 32 : count > FEW ? 16 : count;
     for (index k = 0; k < size; k += BLOCK, tiles += TILE)
-      for (index r = 0; r < (count > FEW ? 16 : count); ++r)
+      for (index r = 0; r < height; ++r)
         _mm512_storeu_si512(tiles + r * BLOCK, r < count ? load_32(rows[r] + k, size - k) : _mm512_setzero_si512());
   }
 
-  // sums[row][column] of one packed right operand and `rows` rows from `pack_few`. What follows the right operand is
-  // asked for on the way.
-  void stream_packed(const Element* left, const Element* right, index count, index rows, float* sums) const {
-    constexpr index SOON = 4 * TILE;
-    const Element* next = right + SOON;
-    const auto ask = [&next] {
-      for (index i = 0; i < BLOCK; ++i) __builtin_prefetch(next + i * BLOCK, 0, 2);
-      next += TILE;
-    };
-    if (rows > FEW && amx) return tiles_16(left, right, count, sums, ask);
-    using Kernel = void (*)(const Element*, const Element*, index, float*, const decltype(ask)&);
-    constexpr Kernel KERNELS[] = {dot_rows<1, decltype(ask)>, dot_rows<2, decltype(ask)>, dot_rows<3, decltype(ask)>,
-                                  dot_rows<4, decltype(ask)>};
-    for (index r = 0; r < rows; r += 4)
-      KERNELS[least(4, rows - r) - 1](left + r * BLOCK, right, count, sums + r * BLOCK, ask);
+  // sums[row][column] of one packed right operand and `rows` rows from `pack_few`.
+  template <typename Ask>
+  void stream_packed(const Element* left, const Element* right, index count, index rows, float* sums,
+                     Ask& asker) const {
+    const auto ask = [&asker] { asker.ask(TILE * sizeof(Element)); };
+    if (amx && rows > 16) return tiles_32(left, right, count, sums, ask, nullptr);
+    if (amx && rows > FEW) return tiles_16(left, right, count, sums, ask);
+    few_rows(left, right, count, least(4, rows), sums, ask);
+    for (index r = 4; r < rows; r += 4)
+      few_rows(left + r * BLOCK, right, count, least(4, rows - r), sums + r * BLOCK, [] {});
   }
 
-  // sums[row][column] of 32 columns, whose weights lie `stride` apart and are read there, and 16 rows, packed as a
-  // right operand: the weights are the left one. The next columns' are asked for on the way.
-  static void stream(const Element* weights, index stride, const Element* rows, index count, float* sums) {
-    _tile_zero(0);
-    _tile_zero(2);
-    for (index k = 0; k < count; ++k, weights += BLOCK, rows += TILE) {
-      for (index i = 0; i < BLOCK; ++i) __builtin_prefetch(weights + (BLOCK + i) * stride, 0, 2);
-      _tile_loadd(6, rows, 64);
-      _tile_loadd(4, weights, stride * sizeof(Element));
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, weights + 16 * stride, stride * sizeof(Element));
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    alignas(64) float turned[TILE / 2];
-    _tile_stored(0, turned, 64);
-    _tile_stored(2, turned + TILE / 4, 64);
+  // At most 32 rows as the right operand of `stream`.
+  static void pack_turned(Element* tiles, const Element* const* rows, index count, index size) {
+    for (index k = 0; k < size; k += BLOCK) pack_right_transposed(tiles + k * BLOCK, rows, k, size - k, count > 16 ? 2 : 1);
+  }
+
+  // sums[row][column] of 32 columns, whose weights lie `stride` apart and are read there, and `rows` rows from
+  // `pack_turned`: the weights are the left operand.
+  template <typename Ask>
+  static void stream(const Element* weights, index stride, const Element* right, index count, index rows, float* sums,
+                     Ask& asker) {
+    alignas(64) float turned[TILE];
+    if (rows > 16)
+      stream_32(weights, stride, right, count, turned, asker);
+    else
+      stream_16(weights, stride, right, count, turned, asker);
     turn(turned, sums);
+    if (rows > 16) turn(turned + TILE / 2, sums + TILE / 2);
   }
 
  private:
@@ -183,6 +180,47 @@ struct Multiplier {
       transpose(square);
       for (index r = 0; r < 16; ++r) _mm512_store_si512(sums + r * BLOCK + half * 16, square[r]);
     }
+  }
+
+  template <typename Ask>
+  static void stream_16(const Element* weights, index stride, const Element* right, index count, float* turned,
+                        Ask& asker) {
+    _tile_zero(0);
+    _tile_zero(2);
+    for (index k = 0; k < count; ++k, weights += BLOCK, right += TILE) {
+      asker.ask(TILE * sizeof(Element));
+      _tile_loadd(6, right, 64);
+      _tile_loadd(4, weights, stride * sizeof(Element));
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, weights + 16 * stride, stride * sizeof(Element));
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    _tile_stored(0, turned, 64);
+    _tile_stored(2, turned + TILE / 4, 64);
+  }
+
+  template <typename Ask>
+  static void stream_32(const Element* weights, index stride, const Element* right, index count, float* turned,
+                        Ask& asker) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (index k = 0; k < count; ++k, weights += BLOCK, right += TILE) {
+      asker.ask(TILE * sizeof(Element));
+      _tile_loadd(6, right, 64);
+      _tile_loadd(4, weights, stride * sizeof(Element));
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, weights + 16 * stride, stride * sizeof(Element));
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_loadd(7, right + TILE / 2, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, turned, 64);
+    _tile_stored(2, turned + TILE / 4, 64);
+    _tile_stored(1, turned + TILE / 2, 64);
+    _tile_stored(3, turned + TILE * 3 / 4, 64);
   }
 
   // The left operand is used again with the next right one: those are loaded past the first-level cache, so that it
@@ -238,6 +276,15 @@ struct Multiplier {
     }
     _tile_stored(0, sums, 128);
     _tile_stored(1, sums + 16, 128);
+  }
+
+  // At most 4 rows.
+  template <typename Work>
+  static void few_rows(const Element* left, const Element* right, index count, index rows, float* sums,
+                       const Work& work) {
+    using Kernel = void (*)(const Element*, const Element*, index, float*, const Work&);
+    constexpr Kernel KERNELS[] = {dot_rows<1, Work>, dot_rows<2, Work>, dot_rows<3, Work>, dot_rows<4, Work>};
+    KERNELS[rows - 1](left, right, count, sums, work);
   }
 
   template <int ROWS, typename Work>

@@ -3,15 +3,12 @@
 #pragma once
 #include "activations.h"
 #include "block.h"
+#include "calls.h"
 #include "threads.h"
 
 namespace {
 
 using Half = uint16_t;  // bf16 by its bits
-
-struct LogitsCall {
-  index tokens, experts, size, threads, x, w, logits;
-};
 
 // TOKENS x EXPERTS logits from (t, e) on; rows past the last are the last again, and not stored.
 template <int TOKENS, int EXPERTS, typename Element>

@@ -273,11 +273,11 @@ inline index task_width(index column_blocks, index depth, index threads, index w
   return std::max<index>(1, least(most, column_blocks / (2 * threads)));
 }
 
-// Plan, place the buffers of and run one pass over all rows.
+// Plan, place the buffers of and run one pass over all rows, of which experts have `most_few` or more.
 template <typename Pass, typename Call>
-index run_pass(const Call& call) {
+index run_pass(const Call& call, index most_few = 0) {
   const Plan plan(call.units, call.rows, call.experts, call.slots, pointer<index>(call.unit),
-                  pointer<index>(call.counts), pointer<index>(call.slot), call.threads);
+                  pointer<index>(call.counts), pointer<index>(call.slot), call.threads, most_few);
   if (plan.status != DONE) return plan.status;
   Pass pass(call, plan);
   Scratch scratch(pass.place(nullptr));

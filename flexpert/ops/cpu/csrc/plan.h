@@ -1,29 +1,19 @@
-// The order of work: experts in waves, rows of an expert in blocks; and the memory that holds packed operands.
+// The order of work: experts in waves, rows of an expert in blocks.
 //
-// Experts with few rows, where there are enough of them for each thread to have several, are waves of one, each computed by one thread alone, so that what it packs stays in the
-// caches of its core. The others are computed by all threads together: runs of experts with enough rows to keep
-// all busy, few enough for the packed rows to stay near, and no two that share a weight slot, so that tasks of
-// one wave never write the same gradient.
+// Experts with not many rows, where there are enough of them for each thread to have several, are waves of one, each
+// computed by one thread alone, so that what it packs stays in the caches of its core. The others are computed by all
+// threads together: runs of experts with enough rows to keep all busy, few enough for the packed rows to stay near,
+// and no two that share a weight slot, so that tasks of one wave never write the same gradient.
 #pragma once
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <mutex>
 #include <vector>
 
-#include "block.h"
-
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#endif
+#include "calls.h"
+#include "scratch.h"
 
 namespace {
 
 constexpr index WAVE_BLOCKS = 32, ALONE_ROWS = sizeof(Element) == 2 ? 512 : 1024;
-
-enum Status : index { DONE = 0, TOO_MANY_ROWS = 1, UNIT_OUT_OF_RANGE = 2, SLOT_OUT_OF_RANGE = 3, NO_MEMORY = 4 };
 
 struct Segment {
   index start, count;          // its rows
@@ -37,12 +27,18 @@ struct RowBlock {
   index start, count, segment;
 };
 
+struct FewRowsOf {
+  index start, count, slot;
+  index first;  // rows of those before it
+};
+
 struct Wave {
   std::vector<Segment> segments;
   std::vector<RowBlock> rows;
 };
 
 struct Plan {
+  std::vector<FewRowsOf> few;     // experts that have no more rows than `most_few`, and take no part in waves
   std::vector<Wave> shared, alone;
   std::vector<char> is_used;      // per slot
   std::vector<RowBlock> idle;     // rows of absent experts and past the total; of no segment
@@ -52,11 +48,12 @@ struct Plan {
   index status;
 
   Plan(index units, index rows, index experts, index slots, const index* unit, const index* counts,
-       const index* slot_of, index threads)
+       const index* slot_of, index threads, index most_few = 0)
       : is_used(slots, 0) {
     status = find(rows, experts, slots, counts, slot_of);
     if (status == DONE) status = group(units, unit);
-    if (status == DONE) make_waves(threads);
+    if (status == DONE) take_few(most_few);
+    if (status == DONE && !found.empty()) make_waves(threads);
   }
 
  private:
@@ -98,6 +95,17 @@ struct Plan {
     return DONE;
   }
 
+  void take_few(index most) {
+    index first = 0;
+    const auto is_few = [&](const Found& f) { return f.count <= most; };
+    for (const Found& f : found)
+      if (is_few(f)) {
+        few.push_back({f.start, f.count, f.slot, first});
+        first += f.count;
+      }
+    found.erase(std::remove_if(found.begin(), found.end(), is_few), found.end());
+  }
+
   void make_waves(index threads) {
     std::vector<index> uses(is_used.size(), 0), wave_of(is_used.size(), -1);
     for (const Found& f : found) ++uses[f.slot];
@@ -130,91 +138,6 @@ struct Plan {
       wave.rows.push_back({f.start + done, least(height, f.count - done), number});
     is_used[f.slot] = 1;
   }
-};
-
-// Aligned memory on huge pages. One buffer of moderate size is kept from call to call, as its pages are dear;
-// a call that finds it taken, or needs more, gets memory of its own.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : bytes_(bytes) {
-    owns_kept_ = bytes <= KEPT_BYTES && kept_lock().try_lock();
-    if (!owns_kept_) {
-      data_ = allocate(bytes);
-    } else if (kept_size() < bytes) {
-      std::free(kept());
-      kept() = allocate(bytes);
-      kept_size() = kept() ? bytes : 0;
-    }
-    if (owns_kept_) data_ = kept();
-    if (data_) next_ = static_cast<char*>(data_);
-    poison();
-  }
-  ~Scratch() {
-    if (owns_kept_)
-      kept_lock().unlock();
-    else
-      std::free(data_);
-  }
-  Scratch(const Scratch&) = delete;
-
-  explicit operator bool() const { return data_ != nullptr; }
-
-  template <typename T>
-  T* take(index count) {
-    T* result = reinterpret_cast<T*>(next_);
-    next_ += size<T>(count);
-    unpoison(result, count * sizeof(T));
-    return result;
-  }
-
-  template <typename T>
-  static size_t size(index count) {
-    return (count * sizeof(T) + 63) / 64 * 64 + GAP;
-  }
-
- private:
-  static constexpr size_t KEPT_BYTES = size_t(64) << 20, PAGE = size_t(2) << 20;
-
-#ifdef __SANITIZE_ADDRESS__  // buffers begin as NaN and have gaps between them, which nobody may touch
-  static constexpr size_t GAP = 256;
-  void poison() {
-    const size_t all = owns_kept_ ? kept_size() : bytes_;
-    if (!data_) return;
-    unpoison(data_, all);
-    std::memset(data_, 0xff, all);
-    __asan_poison_memory_region(data_, all);
-  }
-  static void unpoison(void* data, size_t bytes) { __asan_unpoison_memory_region(data, bytes); }
-#else
-  static constexpr size_t GAP = 0;
-  static void poison() {}
-  static void unpoison(void*, size_t) {}
-#endif
-
-  static void* allocate(size_t bytes) {
-    void* data = nullptr;
-    const size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
-    if (posix_memalign(&data, PAGE, whole ? whole : PAGE)) return nullptr;
-    madvise(data, whole, MADV_HUGEPAGE);
-    return data;
-  }
-  static std::mutex& kept_lock() {
-    static std::mutex lock;
-    return lock;
-  }
-  static void*& kept() {
-    static void* data = nullptr;
-    return data;
-  }
-  static size_t& kept_size() {
-    static size_t size = 0;
-    return size;
-  }
-
-  size_t bytes_;
-  bool owns_kept_;
-  void* data_ = nullptr;
-  char* next_ = nullptr;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "calls.h"
 #include "groups.h"
 #include "scores.h"
 #include "threads.h"
@@ -37,12 +38,6 @@ class Room {
 
  private:
   char *data_, *next_;
-};
-
-struct RouteCall {
-  index tokens, experts, top_k, scoring, normalize, limit, prioritized, threads;
-  index logits, bias, score, ids, order, unit, weight, counts, slot;
-  double scale;
 };
 
 // Tokens by urgency, equal ones in their order: four stable passes over the digits of base 256.

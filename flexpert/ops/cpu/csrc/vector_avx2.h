@@ -209,7 +209,7 @@ inline __m256i ordered(__m256 x) {
 }
 inline Integers ordered(Vector x) { return {ordered(x.low), ordered(x.high)}; }
 
-constexpr index STREAM_COLUMNS[] = {8, 4, 4, 2, 2, 2, 1, 1};
+constexpr index STREAM_COLUMNS[] = {4, 4, 4, 2, 2, 2, 1, 1};
 constexpr int LOGITS_OF_ONE = 4, LOGITS_SIDE = 2;
 
 }  // namespace

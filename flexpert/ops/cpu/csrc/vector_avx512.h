@@ -126,7 +126,7 @@ inline Integers ordered(Vector x) {
 
 // How many sums stay in registers: columns of weights that are met where they lie, by the number of rows (1 to 8)
 // that meet them; logits of one token, and tokens and experts of a square of them.
-constexpr index STREAM_COLUMNS[] = {8, 8, 4, 4, 4, 4, 2, 2};
+constexpr index STREAM_COLUMNS[] = {4, 4, 4, 4, 4, 4, 2, 2};
 constexpr int LOGITS_OF_ONE = 8, LOGITS_SIDE = 4;
 
 }  // namespace
