@@ -1,6 +1,6 @@
 """Designs of a MoE language model at equal active width and equal steps, several seeds.
 
-    python -m benchmarks.language [--seeds 3] [--steps 300] [--output benchmarks/language/results.json]
+    python -m benchmarks.language [--seeds 3] [--steps 200] [--output benchmarks/language/results.json]
 
 All designs have the dense twin's active MLP width: 1 expert of 640, 2 of 320, or 4 of 128 and one shared.
 With top-p the number of experts per token is what the router makes of it, and is measured. Writes the figures
@@ -89,7 +89,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.json"))
     options = parser.parse_args()
     rows = run(options.seeds, options.steps)
