@@ -10,7 +10,7 @@ import torch
 from flexpert import ops
 from flexpert.core.errors import ConfigError, InputError
 from flexpert.ops import ACTIVATIONS, reference
-from flexpert.ops.cpu import backend
+from flexpert.ops.cpu.layer import NAMES
 
 pytestmark = pytest.mark.usefixtures("live")
 
@@ -43,7 +43,7 @@ def check(assert_same, case):
 
 
 def test_names_are_those_of_python():
-    assert list(backend.NAMES) == sorted(ACTIVATIONS)
+    assert list(NAMES) == sorted(ACTIVATIONS)
 
 
 @pytest.mark.each_cap

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexpert import ops
-from flexpert.ops.cpu import backend
+from flexpert.ops.cpu.layer import NAMES
 from tests.ops.cpu.test_kernels import SHAPES
 
 pytestmark = pytest.mark.usefixtures("live")
@@ -22,7 +22,7 @@ def test_same_bits(make_case, assert_recomputes, poisoned, shape, gated, dtype):
     assert_recomputes(make_case(**SHAPES[shape], gated=gated, dtype=dtype))
 
 
-@pytest.mark.parametrize("activation", backend.NAMES)
+@pytest.mark.parametrize("activation", NAMES)
 def test_every_activation(make_case, assert_recomputes, activation):
     assert_recomputes(make_case(activation=activation, counts=(30, 0, 50, 1), dtype=torch.float32))
 
