@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -123,3 +125,13 @@ def test_operators_without_a_native_kernel_run(make_case):
 def test_unknown_activation(make_case):
     with pytest.raises(ConfigError, match="'swish' is unknown"):
         ops.grouped_mlp(*make_case(dtype=torch.float32, activation="swish").args)
+
+
+def test_the_first_call_of_a_process_may_have_no_rows():
+    """It needs no memory at all, and nothing is kept yet."""
+    script = (
+        "import torch; from flexpert import MoE, MoEConfig\n"
+        "moe = MoE(MoEConfig(model_dim=32, hidden_dim=32, num_experts=2))\n"
+        "assert moe(torch.randn(0, 32)).shape == (0, 32)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)

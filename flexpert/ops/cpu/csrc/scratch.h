@@ -22,7 +22,7 @@ class Scratch {
     owns_kept_ = bytes <= KEPT_BYTES && kept_lock().try_lock();
     if (!owns_kept_) {
       data_ = allocate(bytes);
-    } else if (kept_size() < bytes) {
+    } else if (!kept() || kept_size() < bytes) {  // a first call may need nothing
       std::free(kept());
       kept() = allocate(bytes);
       kept_size() = kept() ? bytes : 0;
