@@ -21,8 +21,8 @@ _ASYNC.asyncOp = True
 def start_all_to_all(
     group: dist.ProcessGroup, output: Tensor, source: Tensor, receive: list[int], send: list[int]
 ) -> dist.Work:
-    """`dist.all_to_all_single` without its checks, which cost as much as starting it."""
-    start = getattr(group, "all_to_all_single", None) or group.alltoall_base
+    """`dist.all_to_all_single` without its checks and the dispatcher, which cost more than starting it."""
+    start: Any = group._get_backend(source.device).alltoall_base  # type: ignore[attr-defined]
     work: dist.Work = start(as_bytes(output), as_bytes(source), receive, send, _ASYNC)
     return work
 

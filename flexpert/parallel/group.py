@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from flexpert.core.errors import DistributedError, InputError
 from . import backend, reductions
 from .fitting import check_pair, check_reducible, check_rows, rows_by_position
 from .heartbeat import Heartbeat, heartbeat_of
+from .parts import Parts
 from .pending import Pending
 from .reductions import REDUCE, ReduceName
 from .timeline import active_timeline
@@ -118,7 +118,7 @@ class Group:
             raise InputError(
                 f"all_to_all: {send[self.rank]} rows to itself, {receive[self.rank]} from itself"
             )
-        pending = self.exchange(output, input, receive, send, chunk)
+        pending = self.exchange(output, input, Parts(send, receive), chunk)
         if not async_op:
             pending.wait()
         return pending
@@ -127,22 +127,21 @@ class Group:
         self,
         output: Tensor,
         input: Tensor,  # noqa: A002 - as above
-        receive: list[int],
-        send: list[int],
+        parts: Parts,
         chunk: int | None = None,
     ) -> Pending:
-        """`all_to_all` with `async_op`, of tensors and splits that are known to fit.
+        """`all_to_all` with `async_op`, of tensors and parts that are known to fit.
 
         Raises:
             DistributedError: the collective could not be started.
         """
-        source = input.detach().contiguous()
-        row = source.element_size() * math.prod(source.shape[1:])
-        self.traffic.add("all_to_all", [rows * row for rows in send], self.rank, self.node_of)
+        source = (input.detach() if input.requires_grad else input).contiguous()
+        row_bytes = source.nbytes // max(parts.leaving, 1)
+        self.traffic.add_rows("all_to_all", parts.links(self.rank, self.node_of), row_bytes)
         return self.run(
             "all_to_all",
             (output, source),
-            lambda pg: backend.start_all_to_all(pg, output, source, receive, send),
+            lambda pg: backend.start_all_to_all(pg, output, source, parts.receive, parts.send),
             True,
             chunk,
         )
