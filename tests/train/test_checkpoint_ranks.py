@@ -39,7 +39,7 @@ def check_worlds(tmp_path, worlds, dense):
         results = (
             [resume_runs(list(saved), dense)]
             if world == 1
-            else run_ranks(resume_runs, world, list(saved), dense)
+            else run_ranks(resume_runs, world, list(saved), dense, timeout=60.0 * len(worlds))
         )
         for i, runs in enumerate(saved.values()):
             resumed = [result[i] for result in results]
