@@ -23,38 +23,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flexpert import MoE, MoEConfig
 from flexpert.bench.machine import machine_facts
 from flexpert.emulate import Cluster
 from flexpert.parallel import ExecutionPlan, ExpertMesh, expert_mesh, parallelize
 from flexpert.tune import LayerShape, Machine, Workload, candidates, predict
 from flexpert.tune.calibrate import calibrate
 
+from .loads import (
+    CLUSTERS,
+    LAYERS,
+    LOADS,
+    cluster_name,
+    layer_name,
+    layer_of,
+    load_name,
+    places_of,
+    tokens_of,
+)
 from .memory import ALONE, CASES, peak_of_step
 
 RESULTS = Path(__file__).parent / "results"
 PATIENCE = 600.0
-CLUSTERS = (
-    {"nodes": 4, "ranks": 2, "bandwidth": "200mbit", "latency": "500us"},
-    {"nodes": 2, "ranks": 2, "bandwidth": "1gbit", "latency": "100us"},
-    {"nodes": 2, "ranks": 4, "bandwidth": "500mbit", "latency": "200us"},
-)
-LAYERS: tuple[dict[str, Any], ...] = (
-    {"experts": 4, "model_dim": 192, "hidden_dim": 768, "replicas": 1},
-    {"experts": 8, "model_dim": 256, "hidden_dim": 512, "replicas": 1},
-    # Not looked at while the model was made.
-    {
-        "experts": 8,
-        "model_dim": 320,
-        "hidden_dim": 320,
-        "replicas": 1,
-        "slices": 2,
-        "expert": "glu",
-        "loads": 2,
-    },
-)
-# Tokens of a rank, and how far from even the router sends them.
-LOADS = ((48, 0.0), (384, 2.0), (1280, 0.0))
 
 
 def plans_for(shape: LayerShape) -> list[ExecutionPlan]:
@@ -69,11 +58,8 @@ def on_rank(local: int, repeats: int) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     rows = []
     for settings in LAYERS:
-        places = {key: settings.get(key) for key in ("replicas", "slices")}
-        mesh = expert_mesh(settings["experts"], ranks_per_node=local, **places)
-        torch.manual_seed(0)
-        dims = {key: settings[key] for key in ("model_dim", "hidden_dim", "expert") if key in settings}
-        layer = MoE(MoEConfig(num_experts=settings["experts"], **dims))
+        mesh = expert_mesh(settings["experts"], ranks_per_node=local, **places_of(settings))
+        layer = layer_of(settings)
         parallelize(layer, mesh)
         for tokens, skew in LOADS[: settings.get("loads")]:
             rows += measure(layer, mesh, machine, tokens, skew, repeats)
@@ -84,10 +70,7 @@ def measure(
     layer: Any, mesh: ExpertMesh, machine: Machine, tokens: int, skew: float, repeats: int
 ) -> list[dict[str, Any]]:
     """One load under each plan: seconds, bytes, and what was predicted."""
-    generator = torch.Generator().manual_seed(1)
-    usual = torch.randn(layer.experts.model_dim, generator=generator)  # what skewed tokens have in common
-    torch.manual_seed(2 + dist.get_rank())
-    x = (torch.randn(tokens, layer.experts.model_dim) + 0.1 * skew * usual).requires_grad_()
+    x = tokens_of(dist.get_rank(), tokens, layer.experts.model_dim, skew).requires_grad_()
 
     def call(plan: ExecutionPlan) -> None:
         layer(x, plan=plan).sum().backward()
@@ -111,8 +94,8 @@ def measure(
         cost = predict(shape, plan, workload, machine)
         rows.append(
             {
-                "layer": f"E {mesh.num_experts} S {mesh.slices}{' gated' if shape.gated else ''}",
-                "load": f"{tokens} tokens{', skewed' if skew else ''}",
+                "layer": layer_name(shape),
+                "load": load_name(tokens, skew),
                 "plan": plan.to_dict(),
                 "measured_ms": statistics.median(times[i]),
                 "times_ms": times[i],
@@ -216,7 +199,7 @@ def main() -> None:
     facts = machine_facts()  # builds the native library before ranks compete for the processors
     clusters, lines, rows = [], [], []
     for spec in [CLUSTERS[i] for i in options.only] if options.only is not None else CLUSTERS:
-        label = f"{spec['nodes']} x {spec['ranks']}, {spec['bandwidth']}, {spec['latency']}"
+        label = cluster_name(spec)
         with Cluster(**spec) as cluster:
             timeouts = {"timeout": PATIENCE, "collective_timeout": PATIENCE}
             found = cluster.run(on_rank, spec["ranks"], options.repeats, **timeouts)[0]

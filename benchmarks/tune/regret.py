@@ -30,7 +30,7 @@ from flexpert.emulate import Cluster
 from flexpert.parallel import ExecutionPlan, expert_mesh, parallelize
 from flexpert.tune import Tuner, TunerSettings, attach, cost_of
 from flexpert.tune.calibrate import calibrate
-from flexpert.tune.search import describe
+from flexpert.tune.candidate import describe
 
 from .hindsight import Hindsight
 

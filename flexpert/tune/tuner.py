@@ -13,81 +13,27 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from flexpert.core.errors import ConfigError, DistributedError
 from flexpert.core.plan import ExecutionPlan
 from flexpert.core.recomputing import recomputing
 
-from .bucket import ROWS_PER_BUCKET, Bucket
-from .dictionary import Dictionary, Entry, Key, search_for
-from .drift import Drift
+from .bucket import Bucket
+from .candidate import describe
+from .dictionary import Dictionary, Key
 from .gather import Gatherer, News, Seen
 from .log import PlanLog, Plans
+from .propose import CostFunction, TunedLayer, propose
 from .report import report
-from .search import Candidate, Limits, corrected, describe
-from .shortlist import shortlist
-from .workload import LayerShape, Workload
+from .settings import TunerSettings
 
 _log = logging.getLogger("flexpert")
 
-CostFunction = Callable[[LayerShape, ExecutionPlan, Workload], float]  # predicted seconds of a call
 _CALM, _SELDOM = 8, 4  # after so many sums that brought nothing new only every so many steps has one
-_FEW = 8  # plans, all of which are predicted
 _SKIPPED = 2  # first steps of a run, which allocate and warm up, are not measured
-
-
-@dataclass(frozen=True, kw_only=True)
-class TunerSettings:
-    """How the tuner goes about it.
-
-    Attributes:
-        rows_per_bucket: R: rows (and capacity) of a rank per bucket.
-        limits: of the search in one bucket.
-        share: of all steps that may be trials of other plans than the best known one, at most.
-        burst: trials that may run ahead of that share.
-        band: relative change of a settled plan's time after which its bucket is tuned anew.
-        deterministic: measure and try nothing: what the dictionary knows, else the model's first choice.
-
-    Raises:
-        ConfigError: a number out of range.
-    """
-
-    rows_per_bucket: int = ROWS_PER_BUCKET
-    limits: Limits = field(default_factory=Limits)
-    share: float = 0.2
-    burst: int = 10
-    band: float = 0.25
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        for name, valid, expected in (
-            ("rows_per_bucket", self.rows_per_bucket >= 1, "an integer >= 1"),
-            ("share", 0 <= self.share <= 1, "a share in 0..1"),
-            ("burst", self.burst >= 0, "an integer >= 0"),
-            ("band", self.band > 0, "a number > 0"),
-        ):
-            if not valid:
-                raise ConfigError(f"tuner: {name}={getattr(self, name)!r}, expected {expected}")
-
-
-@dataclass(frozen=True)
-class TunedLayer:
-    """A layer whose plans are chosen.
-
-    Attributes:
-        shape: of its largest bank.
-        experts: where that bank's experts are among the layer's.
-        plans: that it can run.
-    """
-
-    shape: LayerShape
-    experts: slice
-    plans: tuple[ExecutionPlan, ...]
 
 
 @dataclass
@@ -140,7 +86,6 @@ class Tuner:
         self._gatherer: Gatherer | None = None
         self._known: dict[str, Seen] = {}
         self._calm = 0  # sums in a row that brought nothing new
-        self._drifts: dict[Key, Drift] = {}
         self._now: _Step | None = None
         self._last: _Step | None = None
         self._plans: Plans = {}
@@ -275,9 +220,12 @@ class Tuner:
     def _choose(self, number: int) -> _Step:
         """The plans of a step, from what is known before it."""
         keys = self._keys()
+        entries = self.dictionary.entries
         for name, key in keys.items():
-            self._entry(name, key)
-        plans = {name: self.dictionary.entries[key].search.plan for name, key in keys.items()}
+            if key not in entries:
+                layer, seen = self.layers[name], self._known[name]
+                entries[key] = propose(layer, seen, key, self.dictionary, self._cost, self.settings.limits)
+        plans = {name: entries[key].plan for name, key in keys.items()}
         if number in self.replay:
             plans = {name: plan for name, plan in self.replay[number].items() if name in self.layers}
             return _Step(plans, keys, None, replayed=True)
@@ -288,10 +236,9 @@ class Tuner:
             return step
         wanted = {}
         for key in dict.fromkeys(keys.values()):
-            search = self.dictionary.entries[key].search
-            plan = search.next(_context(step, key))
+            plan = entries[key].next(_context(step, key))
             if plan is not None:
-                weight = sum(k == key for k in keys.values()) * search.candidates[0].predicted
+                weight = sum(k == key for k in keys.values()) * entries[key].predicted
                 wanted[key] = weight, plan
         if wanted:
             step.trial = max(wanted, key=lambda key: wanted[key][0])
@@ -311,7 +258,7 @@ class Tuner:
 
     def _done(self, key: Key) -> bool:
         entry = self.dictionary.entries.get(key)
-        return self.settings.deterministic or (entry is not None and entry.search.settled)
+        return self.settings.deterministic or (entry is not None and entry.settled)
 
     def _measure(self, seconds: float) -> None:
         """Note the time of the last step."""
@@ -320,25 +267,9 @@ class Tuner:
             return
         for key in [last.trial] if last.trial is not None else list(dict.fromkeys(last.keys.values())):
             plan = next(last.plans[name] for name, k in last.keys.items() if k == key)
-            if key == last.trial or plan == self.dictionary.entries[key].search.plan:  # else a former leader
-                self._record(key, plan, seconds, _context(last, key))
-
-    def _record(self, key: Key, plan: ExecutionPlan, seconds: float, context: int) -> None:
-        entry = self.dictionary.entries[key]
-        search = entry.search
-        if not search.settled:
-            search.record(plan, seconds, context)
-            self.dictionary.touch(entry)
-            return
-        if key not in self._drifts:
-            self._drifts[key] = Drift(search.standing.noise, self.settings.band)
-        if self._drifts[key].add(seconds, context):
-            del self._drifts[key]
-            entry.search = type(search)(
-                search.candidates, self.settings.limits, [search.plan], first=search.plan
-            )
-            entry.retuned += 1
-            self.dictionary.touch(entry)
+            entry = self.dictionary.entries[key]
+            if key == last.trial or plan == entry.plan:  # else a former leader
+                entry.record(plan, seconds, _context(last, key), self.settings.band)
 
     def _keys(self) -> dict[str, Key]:
         """Shape and bucket of each layer, as far as known."""
@@ -350,40 +281,6 @@ class Tuner:
     @property
     def _ranks(self) -> int:
         return next(iter(self.layers.values())).shape.world
-
-    def _entry(self, name: str, key: Key) -> None:
-        """Make the search of a bucket that was not met before, wiser by what similar ones found."""
-        if key in self.dictionary.entries:
-            return
-        layer, seen = self.layers[name], self._known[name]
-        workload = workload_of(layer.shape, seen)
-        found = self._candidates(layer, workload)
-        similar = self.dictionary.nearest(*key)
-        if similar:
-            found = corrected(found, similar[0].errors())
-        hints = list(dict.fromkeys(search.plan for search in similar))
-        entry = Entry(search_for(layer.shape)(found, self.settings.limits, hints))
-        self.dictionary.touch(entry)
-        self.dictionary.entries[key] = entry
-
-    def _candidates(self, layer: TunedLayer, workload: Workload) -> list[Candidate]:
-        """Plans with predictions: all of them on one rank, where they are few."""
-
-        def cost(plan: ExecutionPlan) -> float:
-            return self._cost(layer.shape, plan, workload)
-
-        if layer.shape.world == 1 and len(layer.plans) <= _FEW:
-            return [Candidate(plan, cost(plan)) for plan in layer.plans]
-        return shortlist(layer.plans, cost)
-
-
-def workload_of(shape: LayerShape, seen: Seen) -> Workload:
-    """A step's calls as the model wants them: each rank with its share of every expert's rows."""
-    total_E = torch.tensor(seen.counts, dtype=torch.int64)
-    each_E = (total_E + shape.world // 2) // shape.world
-    return Workload(
-        rows_PE=each_E.expand(shape.ranks, -1).contiguous(), tokens=seen.tokens, capacity=seen.capacity
-    )
 
 
 def _context(step: _Step, key: Key) -> int:
