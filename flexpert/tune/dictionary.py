@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -50,14 +49,19 @@ class Dictionary:
             if own is None or own.rank() < entry.rank():
                 self.entries[key] = entry
 
-    def nearest(self, shape: LayerShape, bucket: Bucket, within: float = math.inf) -> list[Entry]:
-        """The two most similar buckets, no farther than `within`, of those whose plans are searched."""
+    def nearest(self, shape: LayerShape, bucket: Bucket) -> list[Entry]:
+        """The two most similar buckets of those whose search among plans is over."""
         known = [
-            (distance, b, e)
+            (bucket.distance(b), b, e)
             for (s, b), e in self.entries.items()
-            if s == shape and e.search.settled and (distance := bucket.distance(b)) <= within
+            if s == shape and e.search.settled
         ]
         return [entry for _, _, entry in sorted(known, key=lambda k: k[:2])[:2]]
+
+    def lost_kernels(self, shape: LayerShape, bucket: Bucket) -> set[str]:
+        """Those that brought nothing in buckets with up to twice or half as many rows."""
+        alike = (e for (s, b), e in self.entries.items() if s == shape and bucket.within_twice(b))
+        return {kernel for entry in alike for kernel in entry.lost()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is its inverse."""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +125,13 @@ class Entry:
         if self.race is None:
             return self.search.why()
         return f"{self.search.why()}. Its kernel: {self.race.why()}"
+
+    def spare(self, kernels: Collection[str]) -> None:
+        """Leave out kernels that are known to bring nothing, if none has been tried here yet."""
+        fewer = tuple(kernel for kernel in self.kernels if kernel not in kernels)
+        if len(fewer) < len(self.kernels) and (self.race is None or not self.race.standing.trials):
+            self.kernels, self.race = fewer, None
+            self._go_on()
 
     def lost(self) -> set[str]:
         """Kernels that are known to bring nothing here."""

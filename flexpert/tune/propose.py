@@ -19,7 +19,6 @@ from .workload import LayerShape, Workload
 
 CostFunction = Callable[[LayerShape, ExecutionPlan, Workload], float]  # predicted seconds of a call
 _FEW = 8  # plans, all of which are predicted
-_ALIKE = 1.0  # buckets no farther apart (twice the rows): a kernel that lost in one is not tried in the other
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def propose(
 ) -> Entry:
     """The entry of a new bucket: predictions less the errors that they had in the most similar one.
 
-    The winners of similar buckets are tried although the model would not; kernels that lost there are not.
+    The winners of similar buckets are tried although the model would not.
     """
     workload = workload_of(layer.shape, seen)
     found = _candidates(layer, lambda plan: cost(layer.shape, plan, workload))
@@ -52,9 +51,7 @@ def propose(
     if similar:
         found = corrected(found, similar[0].search.errors())
     hints = list(dict.fromkeys(entry.search.plan for entry in similar))
-    lost = {name for entry in dictionary.nearest(*key, within=_ALIKE) for name in entry.lost()}
-    kernels = [name for name in layer.kernels if name not in lost]
-    return Entry.begin(layer.shape, found, limits, hints, kernels=kernels)
+    return Entry.begin(layer.shape, found, limits, hints, kernels=layer.kernels)
 
 
 def workload_of(shape: LayerShape, seen: Seen) -> Workload:

@@ -236,6 +236,7 @@ class Tuner:
             return step
         wanted = {}
         for key in dict.fromkeys(keys.values()):
+            entries[key].spare(self.dictionary.lost_kernels(*key))
             plan = entries[key].next(_context(step, key))
             if plan is not None:
                 weight = sum(k == key for k in keys.values()) * entries[key].predicted

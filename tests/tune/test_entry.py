@@ -172,12 +172,21 @@ def test_kernels_that_lost_are_not_tried_in_similar_buckets():
         dictionary.entries[key] = propose(layer, seen, key, dictionary, cost, Limits(trials=30))
         return dictionary.entries[key]
 
-    first = entry_of(3)
-    assert first.kernels == KERNELS
-    live(first, Clock(0, {"portable": 0.7, "recompute": 1.5, "separate": 1.5}))
+    first, near, far = entry_of(3), entry_of(4), entry_of(40)
+    clock = Clock(0, {"portable": 0.7, "recompute": 1.5, "separate": 1.5})
+    live(first, clock)
     assert first.plan.kernel == "portable"
-    assert entry_of(4).kernels == ("portable",)
-    assert entry_of(40).kernels == KERNELS
+    assert dictionary.lost_kernels(SHAPE, Bucket(rows=4)) == {"auto", "recompute", "separate"}
+    assert dictionary.lost_kernels(SHAPE, Bucket(rows=40)) == set()
+    near.spare(["recompute", "separate"])
+    assert {plan.kernel for plan in live(near, clock)} == {"auto", "portable"}
+    assert near.plan.kernel == "portable"
+    near.spare(["portable"])  # too late: it was tried, and won
+    assert near.plan.kernel == "portable"
+    far.spare(KERNELS)
+    live(far, clock)
+    assert far.race is None
+    assert far.settled
 
 
 def test_a_report_shows_the_kernels():
