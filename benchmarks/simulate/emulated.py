@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tune.accuracy import kendall, standard_error
 from benchmarks.tune.loads import CLUSTERS, LAYERS, LOADS, cluster_name, layer_name, load_name, on_cluster
-from benchmarks.tune.predict import kendall, standard_error
 from flexpert.core.plan import ExecutionPlan
 from flexpert.simulate import Cluster
 from flexpert.simulate.paper.rows import seconds_of_layer

@@ -255,7 +255,7 @@ def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="of the tuned run in each phase of a pass")
+    parser.add_argument("--steps", type=int, default=50, help="of the tuned run in each phase of a pass")
     parser.add_argument("--repeats", type=int, default=4, help="of each static plan in each phase of a pass")
     parser.add_argument("--name", default="regret")
     options = parser.parse_args()
