@@ -53,7 +53,7 @@ class Race(Search):
     def out(self) -> list[ExecutionPlan]:
         """Plans that are known to bring nothing beside the best one."""
         standing, best = self.standing, self.plan
-        measured = [i for i, scores in standing.scores.items() if len(scores) >= LEAST]
+        measured = [i for i, scores in standing.scores.items() if scores]
         plans = [self.candidates[i].plan for i in measured if not self._is_open(standing, i)]
         return [plan for plan in plans if plan != best]
 
