@@ -107,6 +107,14 @@ def measure(
     return {name: summary(values)["median_ms"] for name, values in interleave(runs, seconds).items()}
 
 
+def beside(ms: Times, part: Part) -> float:
+    """Milliseconds of a product and its epilogue; memory counts the epilogue of a weight's gradient, a store."""
+    alone = ms[f"{part.title}, product"]
+    if part.weights:
+        return alone
+    return min(ms[f"{part.title}, both"], alone + ms[f"{part.title}, near"])
+
+
 def total(ms: Times, listed: list[Part], *names: str) -> float:
     """Milliseconds of all parts, measured as named."""
     return sum(ms.get(f"{part.title}, {name}", 0.0) for part in listed for name in names)
@@ -164,7 +172,7 @@ def bounds(ms: Times, listed: list[Part], rows_bytes: int, packed: bool) -> Boun
         vectors=total(ms, listed, "near"),
         memory=memory_ms(ms, listed, rows_bytes) + weights,
         hidden=(alone + read - ms["asking"]) / min(alone, read) if comparable else None,
-        both=total(ms, listed, "both"),
+        both=sum(beside(ms, part) for part in listed if part.flops),
         packing=total(ms, moves, "near"),
         in_turn=total(ms, listed, "product", "far") + weights,
     )

@@ -41,7 +41,8 @@ def test_bounds_of_times_that_are_known():
     for part in listed:
         ms |= {f"{part.title}, near": 0.25, f"{part.title}, far": 1.0}
         if part.flops:
-            ms |= {f"{part.title}, product": 4.0, f"{part.title}, both": 4.5}
+            ms |= {f"{part.title}, product": 4.0, f"{part.title}, both": 4.1}
+    ms["second product, both"] = 9.0
     rows_bytes = problem.id_TK.numel() * 64 * 4
     found = floors.bounds(ms, listed, rows_bytes, packed=False)
     moved = sum(part.read + part.written for part in listed if not part.weights) / rows_bytes * 0.5
@@ -50,7 +51,7 @@ def test_bounds_of_times_that_are_known():
     assert found.hidden == pytest.approx((4 + 2 - 5) / 2)
     one, two, three = found.levels
     assert one == 24
-    assert two == pytest.approx(6 * 4.5 + found.memory)
+    assert two == pytest.approx(3 * 4.1 + 4.25 + 2 * 4.0 + found.memory)
     assert three == pytest.approx(24 + len(listed))
 
 

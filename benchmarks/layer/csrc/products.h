@@ -14,11 +14,12 @@ struct Product {
   bool pairs = false;            // of right operands
   index height = BLOCK;          // k of a tile
   bool turned = false;           // left tiles are read across
+  index widest = WIDEST;         // columns of a panel
 
   index depth() const { return (k + height - 1) / height; }
   index width() const {
     constexpr index NEAR_TILES = (1 << 19) / (TILE * sizeof(Element));
-    return least(columns, std::max<index>(1, NEAR_TILES / (depth() * (pairs ? 2 : 1))));
+    return least(least(columns, widest), std::max<index>(1, NEAR_TILES / (depth() * (pairs ? 2 : 1))));
   }
   index panels() const { return (columns + width() - 1) / width(); }
   index first(index panel) const { return panel * width(); }
@@ -103,7 +104,7 @@ inline double weight_stage(const Case& c, index how, index rows, index columns, 
   return stage(
       c, how,
       [&](const Group& group) {
-        return Product{blocks(rows), group.count, blocks(columns), false, group.height, TURNED};
+        return Product{blocks(rows), group.count, blocks(columns), false, group.height, TURNED, blocks(columns)};
       },
       [](const Group&, index) { return BLOCK; },
       [&](const Group& group, index j, index column, const Desk& desk, bool far) {
