@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activation, get_activation, hidden_backward, hidden_forward
+from .backend import Kernel
 from .bags import RowSource, sum_rows, sum_runs, wide
 from .memory import empty
 from .packing import unpack_mlp
@@ -321,7 +322,7 @@ def grouped_mlp_packed(
     return grouped_mlp(*args, save=False)[0]
 
 
-KERNELS = {
+KERNELS: dict[str, Kernel] = {
     "grouped_mlp": grouped_mlp,
     "grouped_mlp_packed": grouped_mlp_packed,
     "grouped_mlp_backward": grouped_mlp_backward,
