@@ -30,10 +30,14 @@ class PackedExperts(nn.Module):
         experts: the module whose weights are packed; it is kept for its settings, without weights.
     """
 
+    packed_w1: Tensor
+    packed_w2: Tensor
+
     def __init__(self, experts: Any) -> None:
         super().__init__()
-        self.first = first_name(experts)
-        self.activation = fused_activation(experts)
+        self.first, activation = first_name(experts), fused_activation(experts)
+        assert activation is not None
+        self.activation = activation
         w1, w2 = getattr(experts, self.first), experts.down_proj
         self.num_experts, self.model_dim, self.hidden_dim = w1.shape[0], w1.shape[2], w2.shape[2]
         self.has_gate, self.output_dim = experts.has_gate, w2.shape[1]
