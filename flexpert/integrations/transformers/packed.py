@@ -101,13 +101,8 @@ class PackedExperts(nn.Module):
         return w1.flatten(1, -2) if self.has_gate else w1, w2
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
-        before = self.packed_w1.new_empty(0)
-        after = fn(before)
-        if (after.dtype, after.device) != (before.dtype, before.device):
-            raise ConfigError(
-                f"weights packed in {before.dtype} on {before.device} cannot become {after.dtype} on "
-                f"{after.device}; call flexpert.integrations.transformers.unpack(model) before"
-            )
+        remedy = "call flexpert.integrations.transformers.unpack(model) before"
+        packing.check_conversion(self.packed_w1, fn, remedy)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
