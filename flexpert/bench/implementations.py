@@ -114,6 +114,26 @@ def fused(problem: Problem) -> Step:
     return lambda: ops.chosen_mlp(problem.x_TD, problem.id_TK, problem.weight_TK, experts)
 
 
+def in_order(problem: Problem) -> Step:
+    """The fused operator on rows that lie in the order of their experts and stay there: the experts alone.
+
+    No router, no gather and no sum over the rows of a token; runs its own backward.
+    """
+    _, unit, counts = _sorted(problem)
+    rows = problem.x_TD.detach().index_select(0, unit).requires_grad_()
+    every, grad = torch.arange(len(unit)), problem.grad_TD.index_select(0, unit)
+    weights = problem.w1, None, problem.w2, None, problem.shape.activation
+
+    def step() -> Tensor:
+        rows.grad = None
+        out = ops.grouped_mlp(rows, every, None, counts, None, *weights)
+        if out.requires_grad:
+            out.backward(grad)
+        return out.detach()
+
+    return step
+
+
 def prepacked(problem: Problem) -> Step:
     """`fused` with weights in the layout of the kernels: `flexpert.prepack`."""
     shape = problem.shape
@@ -272,6 +292,7 @@ def einsum(problem: Problem) -> Step:
 OURS = (
     Implementation(name="flexpert", make=fused),
     Implementation(name="flexpert prepacked", make=prepacked, modes=(FORWARD, DECODE)),
+    Implementation(name="flexpert rows", make=in_order, modes=(FORWARD, TRAINING)),
     Implementation(name="flexpert layer", make=layer),
     Implementation(name="flexpert prepacked layer", make=prepacked_layer, modes=(FORWARD, DECODE)),
     Implementation(name="flexpert portable", make=fused, backend="portable"),

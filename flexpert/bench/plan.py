@@ -18,8 +18,8 @@ from .peers import PEERS
 from .problem import DTYPES, SHAPES, Shape
 
 IMPLEMENTATIONS = {item.name: item for item in (*OURS, *REFERENCES, *PLAIN, *PEERS)}
-QUICK = ("flexpert", "flexpert prepacked", "flexpert layer", "flexpert portable", "dense", "stream",
-         "sort + loop", "F.grouped_mm")  # fmt: skip
+QUICK = ("flexpert", "flexpert prepacked", "flexpert rows", "flexpert layer", "flexpert portable", "dense",
+         "stream", "sort + loop", "F.grouped_mm")  # fmt: skip
 CONFIGS = (*SHAPES, "D")
 DECODE_TOKENS = (1, 8, 64)
 # Share of a table's seconds that each mode has.

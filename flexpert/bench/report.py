@@ -36,6 +36,8 @@ def sections(result: Mapping[str, Any]) -> list[str]:
         lines += ["", f"## {config}, {dtype}", "", _shape(result["configs"][config], mine)]
         lines += ["", *_training(training)] if training else []
         lines += ["", *_decode(decode)] if decode else []
+        shares = [row for row in result["routing"] if (row["config"], row["dtype"]) == (config, dtype)]
+        lines += ["", _routing(shares)] if shares else []
     missing: dict[tuple[str, str], list[str]] = {}
     for entry in result["unavailable"]:
         places = missing.setdefault((entry["implementation"], entry["reason"]), [])
@@ -101,6 +103,15 @@ def _decode(rows: Sequence[Row]) -> list[str]:
 
 def _figures(row: Row, percent: str) -> list[str]:
     return [_number(row["median_ms"]), f"{row['spread_percent']:.0f} %", f"{row[percent]:.0f}"]
+
+
+def _routing(shares: Sequence[Row]) -> str:
+    """One line, of all modes and numbers of tokens."""
+    parts = []
+    for share in shares:
+        place = f"decode of {share['tokens']}" if share["mode"] == DECODE else share["mode"]
+        parts.append(f"{share['percent']:.1f} % ({place})")
+    return f"Router, dispatch and combine take of the layer's time: {', '.join(parts)}."
 
 
 def _whole(value: float | None) -> str:

@@ -22,6 +22,7 @@ from .plan import SHARES, Cell, Plan
 from .plot import plot
 from .problem import DTYPES, Problem, make_problem
 from .report import markdown
+from .share import routing_percent
 
 _log = logging.getLogger("flexpert")
 
@@ -30,12 +31,14 @@ def run_benchmark(plan: Plan) -> dict[str, Any]:
     """Measure everything the plan names.
 
     Returns:
-        `machine`, `configs` (name to shape), `rows` and `unavailable` (what was not measured, and why).
+        `machine`, `configs` (name to shape), `rows`, `routing` (the share of router, dispatch and combine),
+        and `unavailable` (what was not measured, and why).
     """
     with _threads(1):  # so that none is started that children of a fork would miss
         _load(plan)
         memory = {id(cell): _memory(cell, plan) for cell in plan.cells}
     rows: list[dict[str, Any]] = []
+    routing: list[dict[str, Any]] = []
     unavailable: list[dict[str, Any]] = []
     with _threads(plan.threads):
         machine = machine_facts()
@@ -43,11 +46,14 @@ def run_benchmark(plan: Plan) -> dict[str, Any]:
             problem = make_problem(cell.shape, DTYPES[cell.dtype])
             for mode in cell.modes:
                 _log.info("%s %s, %d tokens: %s", cell.config, cell.dtype, cell.shape.tokens, mode)
-                new, missing = _measure(cell, problem, mode, plan, memory[id(cell)])
+                new, share, missing = _measure(cell, problem, mode, plan, memory[id(cell)])
                 rows += new
+                routing += share
                 unavailable += [entry for entry in missing if entry not in unavailable]
     configs = {cell.config: vars(cell.shape) for cell in plan.cells}
-    return {"machine": machine, "configs": configs, "rows": rows, "unavailable": unavailable}
+    return {
+        "machine": machine, "configs": configs, "rows": rows, "routing": routing, "unavailable": unavailable,
+    }  # fmt: skip
 
 
 @contextmanager
@@ -77,8 +83,8 @@ def _memory(cell: Cell, plan: Plan) -> dict[str, float | None]:
 
 def _measure(
     cell: Cell, problem: Problem, mode: str, plan: Plan, memory: dict[str, float | None]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(one row per implementation, what cannot run)."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(one row per implementation, the share of routing, what cannot run)."""
     place = {"config": cell.config, "dtype": cell.dtype}
     runs, unavailable = {}, []
     for item in plan.implementations:
@@ -104,7 +110,9 @@ def _measure(
         row |= {f"percent_of_{reference}": percent}
         row |= {"peak_mib": memory.get(name) if mode == TRAINING else None}
         rows.append(row)
-    return rows, unavailable
+    routed = routing_percent(times, mode)
+    share = {**place, "mode": mode, "tokens": cell.shape.tokens, "percent": routed}
+    return rows, [] if routed is None else [share], unavailable
 
 
 def check_output(stem: Path) -> None:

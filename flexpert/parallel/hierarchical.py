@@ -212,16 +212,20 @@ class Hierarchical(AllToAll):
     def _forth(self, wire: Tensor, part: HierarchicalSplits, chunk: int) -> Phases:
         """From rows by (node, place) of the destination to rows by (node, place) of the source."""
         relayed, pending = part.forth.start(self.inside, wire, chunk)
+        del wire  # what is under way, `pending` holds
         yield pending
         output, pending = part.forth_between.start(self.between, relayed, chunk)
+        del relayed
         yield pending
         return output
 
     def _back(self, wire: Tensor, part: HierarchicalSplits, chunk: int) -> Phases:
         """The same backwards."""
         relayed, pending = part.back_between.start(self.between, wire, chunk)
+        del wire
         yield pending
         output, pending = part.back.start(self.inside, relayed, chunk)
+        del relayed
         yield pending
         return part.align_back(output).reshape(output.shape)
 

@@ -33,7 +33,7 @@ def test_quick(tiny):
     threads = torch.get_num_threads()
     result = run_benchmark(make_plan(quick=True, seconds=0.05))
     assert torch.get_num_threads() == threads
-    assert result.keys() == {"machine", "configs", "rows", "unavailable"}
+    assert result.keys() == {"machine", "configs", "rows", "routing", "unavailable"}
     assert result.keys() == json.loads(json.dumps(result, allow_nan=False)).keys()
     assert set(result["configs"]) == {"A", "B", "C", "D"}
     assert result["machine"]["backends"].keys() == {"fp32", "bf16"}
@@ -51,6 +51,8 @@ def test_quick(tiny):
         assert row["repetitions"] >= 2
         assert 0 < row["min_ms"] <= row["median_ms"]
         assert (row["peak_mib"] is None) == (row["mode"] != "forward+backward")
+    shares = {(share["config"], share["mode"], share["tokens"]) for share in result["routing"]}
+    assert shares == {(row["config"], row["mode"], row["tokens"]) for row in result["rows"]}
     by_key = {(r["config"], r["mode"], r["tokens"], r["implementation"]): r for r in result["rows"]}
     for (config, mode, tokens, _), row in by_key.items():
         name, key = ("stream", "percent_of_stream") if mode == "decode" else ("dense", "percent_of_dense")
@@ -94,6 +96,7 @@ def test_files(tmp_path, monkeypatch):
     page = paths[1].read_text()
     assert "T 3; D 7, F 9 (2 matrices, gelu), E 5, K 3, dropless." in page
     assert "- einsum (custom fp32): dispatch by einsum needs a capacity" in page
+    assert "Router, dispatch and combine take of the layer's time: " in page
     header = next(line for line in page.splitlines() if line.startswith("| implementation | tokens"))
     flexpert = next(line for line in page.splitlines() if line.startswith("| flexpert | 3 |"))
     assert header.count("|") == flexpert.count("|")

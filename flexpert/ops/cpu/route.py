@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexpert.core.errors import ConfigError, FlexpertError, InputError
 from flexpert.ops import portable_route
+from flexpert.ops.backend import Kernel
+from flexpert.ops.memory import empty
 
 from .build import native
 from .threads import num_threads
@@ -25,24 +26,28 @@ DTYPES = {
     "route": (torch.float32,),
     "route_backward": (torch.float32,),
     "router_logits": (torch.float32, torch.bfloat16),
+    "router_logits_backward": (torch.float32,),
 }
 
-# The fields of the calls in csrc/route.h and logits.h: 64-bit integers, tensors by address, null for none.
+# The fields of the calls in csrc/route.h, logits.h and linear_score.h: 64-bit integers, tensors by address,
+# null for none.
 _ROUTE = struct.Struct("=17qd")
 _ROUTE_BACKWARD = struct.Struct("=13qd")
 _ASSIGN = struct.Struct("=7q")
 _LOGITS = struct.Struct("=7q")
+_SCORE = struct.Struct("=8q")
+_SCORE_BACKWARD = struct.Struct("=10q")
 
 _functions: dict[tuple[str, str], Callable[..., int]] = {}
 
 
-def _run(name: str, call: bytes, *flags: int) -> None:
-    uses = native().instructions(torch.float32)
+def _run(name: str, call: bytes, *flags: int, dtype: torch.dtype = torch.float32) -> None:
+    uses = native().instructions(dtype)
     function = _functions.get((name, uses))
     if function is None:
         function = getattr(native().library, f"flexpert_{name}{'_avx2' if uses == 'AVX2' else ''}")
-        function.argtypes = (ctypes.c_char_p, *[ctypes.c_int64] * len(flags))  # type: ignore[attr-defined]
-        function.restype = ctypes.c_int64  # type: ignore[attr-defined]
+        function.argtypes = (ctypes.c_char_p, *[ctypes.c_int64] * len(flags))
+        function.restype = ctypes.c_int64
         _functions[name, uses] = function
     status = function(call, *flags)
     if status == 1:
@@ -128,7 +133,7 @@ def route_backward(
 ) -> Tensor:
     """The gradient of the logits."""
     (tokens, num_experts), top_k, real = score_TE.shape, ids_TK.shape[1], score_TE.dtype
-    inputs: dict[str, Any] = {
+    inputs: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
         "ids_TK": (ids_TK, (tokens, top_k), torch.int64),
         "order_N": (order_N, (tokens * top_k,), torch.int64),
         "counts_E": (counts_E, (num_experts,), torch.int64),
@@ -154,21 +159,59 @@ def route_backward(
 
 def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     """x W^T in fp32."""
-    tokens, size = x_TD.shape
-    if tokens > FEW_TOKENS:
+    (tokens, size), num_experts = x_TD.shape, len(w_ED)
+    is_many = tokens > FEW_TOKENS
+    if is_many and not _multiplies_half(x_TD, w_ED):
         return portable_route.router_logits(x_TD, w_ED)
-    _check("router_logits", w_ED=(w_ED, (len(w_ED), size), x_TD.dtype))
+    _check("router_logits", w_ED=(w_ED, (num_experts, size), x_TD.dtype))
     x_TD, w_ED = x_TD.contiguous(), w_ED.contiguous()
-    logits_TE = torch.empty(tokens, len(w_ED))
+    logits_TE = torch.empty(tokens, num_experts)
     addresses = x_TD.data_ptr(), w_ED.data_ptr(), logits_TE.data_ptr()
-    call = _LOGITS.pack(tokens, len(w_ED), size, num_threads(), *addresses)
-    _run("router_logits", call, x_TD.dtype == torch.bfloat16)
+    if is_many:
+        call = _SCORE.pack(tokens, num_experts, size, num_threads(), _has_amx(), *addresses)
+        _run("score_bf16", call, dtype=torch.bfloat16)
+    else:
+        call = _LOGITS.pack(tokens, num_experts, size, num_threads(), *addresses)
+        _run("router_logits", call, x_TD.dtype == torch.bfloat16)
     return logits_TE
 
 
-KERNELS = {
+def router_logits_backward(
+    grad_TE: Tensor, x_TD: Tensor, w_ED: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of (x, w); an empty tensor for those not asked for."""
+    (tokens, size), num_experts = x_TD.shape, len(w_ED)
+    if tokens <= FEW_TOKENS or not _multiplies_half(x_TD, w_ED):
+        return portable_route.router_logits_backward(grad_TE, x_TD, w_ED, needs)
+    _check(
+        "router_logits_backward",
+        w_ED=(w_ED, (num_experts, size), x_TD.dtype),
+        grad_TE=(grad_TE, (tokens, num_experts), torch.float32),
+    )
+    grad_TE, x_TD, w_ED = grad_TE.contiguous(), x_TD.contiguous(), w_ED.contiguous()
+    shapes = [like.shape if need else (0,) for like, need in zip((x_TD, w_ED), needs, strict=True)]
+    d_x, d_w = empty(x_TD, shapes[0]), empty(w_ED, shapes[1])
+    inputs = [tensor.data_ptr() for tensor in (grad_TE, x_TD, w_ED)]
+    outputs = [tensor.data_ptr() if need else 0 for tensor, need in zip((d_x, d_w), needs, strict=True)]
+    sizes = tokens, num_experts, size, num_threads(), _has_amx()
+    _run("score_backward_bf16", _SCORE_BACKWARD.pack(*sizes, *inputs, *outputs), dtype=torch.bfloat16)
+    return d_x, d_w
+
+
+def _multiplies_half(*operands: Tensor) -> bool:
+    """Whether all are bf16 and the processor multiplies it: in fp32 MKL's products have nothing to widen."""
+    is_half = all(operand.dtype == torch.bfloat16 for operand in operands)
+    return is_half and native().instructions(torch.bfloat16) != "AVX2"
+
+
+def _has_amx() -> bool:
+    return native().instructions(torch.bfloat16) == "AMX"
+
+
+KERNELS: dict[str, Kernel] = {
     "assign": assign,
     "route": route,
     "route_backward": route_backward,
     "router_logits": router_logits,
+    "router_logits_backward": router_logits_backward,
 }

@@ -9,6 +9,9 @@
 #endif
 #include "mlp_backward.h"
 #include "mlp_forward.h"
+#ifdef __AVX512F__
+#include "linear_score.h"
+#endif
 
 extern "C" int64_t EXPORTED(flexpert_mlp_bf16)(const void* call) {
   return forward(*static_cast<const ForwardCall*>(call));
@@ -17,3 +20,11 @@ extern "C" int64_t EXPORTED(flexpert_mlp_bf16)(const void* call) {
 extern "C" int64_t EXPORTED(flexpert_mlp_backward_bf16)(const void* call) {
   return backward(*static_cast<const BackwardCall*>(call));
 }
+
+#ifdef __AVX512F__
+extern "C" int64_t flexpert_score_bf16(const void* call) { return score(*static_cast<const ScoreCall*>(call)); }
+
+extern "C" int64_t flexpert_score_backward_bf16(const void* call) {
+  return ScoreBackward(*static_cast<const ScoreBackwardCall*>(call)).run();
+}
+#endif

@@ -108,6 +108,8 @@ struct Multiplier {
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    // The intrinsic tells GCC of its first 8 bytes alone: without this it may leave out the others.
+    __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~Multiplier() {

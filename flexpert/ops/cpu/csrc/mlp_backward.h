@@ -3,130 +3,24 @@
 //   d w2 = sum dy (weight * hidden)^T      d w1 = sum d pre x^T      d x[unit] += w1^T d pre
 // so that dy and x are used as they are, and the weight enters in fp32. Gradients not asked for are null.
 #pragma once
-#include "mlp_common.h"
+#include "backward_rows.h"
+#include "stages.h"
 
 namespace {
-
-struct BackwardCall {  // in the order of `BACKWARD` in backend.py
-  index units, rows, model, hidden, output, experts, slots, gated, activation, threads, amx;
-  index x, unit, weight, counts, slot, w1, w2, b2, grad, pre;
-  index d_rows, d_x, d_weight, d_w1, d_b1, d_w2, d_b2;
-};
-
-// A block of g, and all that follows from it elementwise: rows of weight * hidden and weight * d pre, which last
-// steps pack into the operands of the products over rows, unless these are TURNED.
-struct HiddenGradient {
-  using Row = void (*)(const HiddenGradient&, index, const float*);
-  index steps = 0, count = 0;
-  index width = 0, stride = 0, halves = 0, weight_stride = 0;
-  Row row = nullptr;
-  const Element* pre = nullptr;      // the first of its rows, at the block's columns
-  index next = 0;                    // from there to those of the next product
-  const float* weight = nullptr;     // of its rows
-  float* weight_parts = nullptr;     // of its rows, at its column
-  float (*d_bias)[BLOCK] = nullptr;  // [half][column]
-  Element* hidden_rows = nullptr;
-  Element* hidden_right = nullptr;
-  Element* d_pre_rows[2] = {};
-  Element* d_pre_transposed[2] = {};
-
-  void step(index r, Sums sums) const {
-    if (r >= BLOCK)
-      pack(r - BLOCK);
-    else if (r < count)
-      row(*this, r, sums[0] + r * BLOCK);
-    else
-      clear_row(r);
-  }
-
-  void put(index r, index half, Vector low, Vector high) const {
-    if (d_pre_rows[half]) store_32(d_pre_rows[half] + r * BLOCK, low, high, BLOCK);
-    if (!d_bias) return;
-    float* sums = d_bias[half];
-    store(sums, add(load(sums), low));
-    store(sums + 16, add(load(sums + 16), high));
-  }
-
- private:
-  void clear_row(index r) const {
-    const Vector zero = constant(0.0f);
-    if (hidden_right) store_32(hidden_rows + r * BLOCK, zero, zero, BLOCK);
-    for (index half = 0; half < halves; ++half)
-      if (d_pre_rows[half]) store_32(d_pre_rows[half] + r * BLOCK, zero, zero, BLOCK);
-  }
-
-  void pack(index part) const {
-    if (part == halves) {
-      if (hidden_right) pack_right(hidden_right, Rows(hidden_rows, BLOCK, BLOCK).at, 0, BLOCK);
-    } else if (d_pre_transposed[part]) {
-      pack_left_transposed(d_pre_transposed[part], Rows(d_pre_rows[part], BLOCK, BLOCK).at, 0, BLOCK);
-    }
-  }
-};
-
-template <index KIND>
-void hidden_gradient_row(const HiddenGradient& h, index r, const float* grad) {
-  const Vector factor = constant(h.weight ? h.weight[r] : 1.0f);
-  const Element *gate = h.pre + r * h.halves * h.stride, *up = gate + h.stride;
-  for (index half = 0; half < h.halves; ++half) {
-    prefetch(gate + half * h.stride + h.next);
-    if (sizeof(Element) == 4) prefetch(gate + half * h.stride + h.next + 16);
-  }
-  Vector value[2], d_gate[2], d_up[2], product[2];
-  for (int i = 0; i < 2; ++i) {
-    const Vector g = load(grad + 16 * i), weighted = mul(g, factor);
-    const Both act = activate<KIND>(load_row(gate + 16 * i, h.width - 16 * i));
-    value[i] = act.value;
-    d_gate[i] = mul(weighted, act.slope);
-    if (h.halves == 2) {
-      const Vector times = load_row(up + 16 * i, h.width - 16 * i);
-      d_up[i] = mul(weighted, act.value);
-      value[i] = mul(act.value, times);
-      d_gate[i] = mul(d_gate[i], times);
-    }
-    product[i] = mul(g, value[i]);
-    value[i] = mul(value[i], factor);
-  }
-  if (h.weight_parts)
-    h.weight_parts[r * h.weight_stride] = reduce_add(add(product[0], product[1]));
-  if (h.hidden_right) store_32(h.hidden_rows + r * BLOCK, value[0], value[1], BLOCK);
-  h.put(r, 0, d_gate[0], d_gate[1]);
-  if (h.halves == 2) h.put(r, 1, d_up[0], d_up[1]);
-}
-
-template <index... KIND>
-constexpr std::array<HiddenGradient::Row, sizeof...(KIND)> hidden_gradient_table(
-    std::integer_sequence<index, KIND...>) {
-  return {hidden_gradient_row<KIND>...};
-}
-constexpr auto HIDDEN_GRADIENT_ROW = hidden_gradient_table(std::make_integer_sequence<index, ACTIVATIONS>());
-
-// Rows of a result whose k come in spans: their sums wait in fp32 for the next one, which goes on with them.
-struct SpanRows {
-  index steps = 0;  // rows
-  Element* target = nullptr;
-  index stride = 0, width = 0;
-  float* waiting = nullptr;  // one block; null in the last span
-
-  void step(index r, Sums sums) const {
-    const Vector low = load(sums[0] + r * BLOCK), high = load(sums[0] + r * BLOCK + 16);
-    if (!waiting) return store_32(target + r * stride, low, high, width);
-    store(waiting + r * BLOCK, low);
-    store(waiting + r * BLOCK + 16, high);
-  }
-};
 
 class Backward {
  public:
   Backward(const BackwardCall& call, const Plan& plan)
       : c(call), plan(plan), halves(call.gated ? 2 : 1), model(blocks(c.model)), hidden(blocks(c.hidden)),
-        output(blocks(c.output)), needs_hidden(c.d_x || c.d_w1 || c.d_b1 || c.d_weight || c.d_w2) {}
+        output(blocks(c.output)), needs_hidden(c.d_x || c.d_w1 || c.d_b1 || c.d_weight || c.d_w2),
+        desks_at_once(plan.most_shared <= MOST_AHEAD ? least(2, plan.shared.size()) : least(1, plan.shared.size())),
+        stages(STAGES * plan.shared.size()) {}
 
   // The size of all buffers; with memory given, their places as well.
   size_t place(Scratch* memory) {
-    desks.resize(c.threads + 1);
+    desks.resize(c.threads + desks_at_once);
     size_t total = 0;
-    for (index i = 0; i <= c.threads; ++i) total += place(desks[i], i == c.threads, memory);
+    for (index i = 0; i < (index)desks.size(); ++i) total += place(desks[i], i >= c.threads, memory);
     return total;
   }
 
@@ -134,10 +28,8 @@ class Backward {
     on_threads(c.threads, [&] {
       const Multiplier multiply(c.amx);
       const Desk& own = desks[omp_get_thread_num()];
-      Desk shared = desks[c.threads];
-      shared.panel = own.panel;
       clear_all();
-      for (const Wave& wave : plan.shared) compute(wave, shared, multiply);
+      compute_shared(own.panel, multiply);
 #pragma omp for schedule(dynamic)
       for (index i = 0; i < (index)plan.alone.size(); ++i) compute(plan.alone[i], own, multiply);
       if (c.d_x)
@@ -146,6 +38,10 @@ class Backward {
   }
 
  private:
+  // What a stage of a shared wave needs lies at least two stages back, so that threads that are done with one need not
+  // wait for the others: rows are packed a wave ahead.
+  enum Stage : index { PACK, HIDDEN, SECOND, FIRST, INPUT, WEIGHTS, STAGES };
+
   struct Span {  // of blocks
     index first, number;
   };
@@ -153,6 +49,7 @@ class Backward {
   // A weight gradient (slots, parts, rows, columns), of which some rows and columns are computed, as the product of two
   // operands whose k are a segment's rows.
   struct Outer {
+    Stage stage;
     Element* target;
     index parts, rows, columns;
     Span of_rows, of_columns;
@@ -161,6 +58,7 @@ class Backward {
 
   struct Desk {  // where a wave is computed
     bool is_shared;
+    index wave;  // number of a shared one
     index span;  // column blocks of the hidden layer that go through all products at a time
     Element *dy_left, *dy_transposed, *x_right, *d_pre_left, *d_pre_transposed, *hidden_right, *panel;
     float *weight_parts, *x_sums;
@@ -199,21 +97,83 @@ class Backward {
     return total;
   }
 
-  void compute(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
+  static constexpr index MOST_AHEAD = 4 * WAVE_BLOCKS;  // of larger waves the packed rows take too much memory
+
+  Desk shared_desk(index wave, Element* panel) const {
+    Desk desk = desks[c.threads + wave % desks_at_once];
+    desk.wave = wave, desk.panel = panel;
+    return desk;
+  }
+
+  bool has(Stage stage) const {
+    switch (stage) {
+      case HIDDEN: return needs_hidden;
+      case SECOND: return c.d_w2;
+      case FIRST: return c.d_w1;
+      case INPUT: return c.d_x;
+      case WEIGHTS: return c.d_weight;
+      default: return true;
+    }
+  }
+
+  // For those that wait for it; -1 where there is none.
+  index stage_of(index wave, Stage stage) const { return wave < 0 || !has(stage) ? -1 : wave * STAGES + stage; }
+
+  // All tasks of a stage: those of a shared wave that other threads leave, after the stages of which it needs results
+  // or memory, or whose sums it adds to.
+  template <typename Body>
+  void each(const Desk& desk, Stage stage, index count, const Body& body) {
+    if (!desk.is_shared) {
+      for (index i = 0; i < count; ++i) body(i);
+      return;
+    }
+    const index own = desk.wave, last = own - 1, before = own - desks_at_once;
+    const auto run = [&](std::initializer_list<index> needs) { stages.run(own * STAGES + stage, count, needs, body); };
+    const index packed = stage_of(own, PACK), computed = stage_of(own, HIDDEN);
+    const index second = stage_of(before, SECOND), first = stage_of(before, FIRST);
+    switch (stage) {
+      case PACK: return run({stage_of(last, PACK), stage_of(before, HIDDEN), second, first});
+      case HIDDEN:
+        return run({packed, stage_of(last, HIDDEN), second, first, stage_of(before, INPUT), stage_of(before, WEIGHTS)});
+      default: return run({packed, computed, stage_of(last, stage)});
+    }
+  }
+
+  void compute_shared(Element* panel, const Multiplier& multiply) {
+    const index number = plan.shared.size();
+    if (number) pack_wave(plan.shared[0], shared_desk(0, panel));
+    for (index i = 0; i < number; ++i) {
+      const auto pack_next = [&] {
+        if (i + 1 < number) pack_wave(plan.shared[i + 1], shared_desk(i + 1, panel));
+      };
+      products(plan.shared[i], shared_desk(i, panel), multiply, [&] { if (desks_at_once == 2) pack_next(); });
+      if (desks_at_once == 1) pack_next();
+    }
+  }
+
+  void compute(const Wave& wave, const Desk& desk, const Multiplier& multiply) {
     pack_wave(wave, desk);
+    products(wave, desk, multiply, [] {});
+  }
+
+  // All of a wave whose rows are packed, and `other` work between the stage that all others need and those.
+  template <typename Other>
+  void products(const Wave& wave, const Desk& desk, const Multiplier& multiply, const Other& other) {
     for (index first = 0; needs_hidden && first < hidden; first += desk.span) {
       const Span span = {first, least(desk.span, hidden - first)};
       hidden_gradient(wave, desk, span, multiply);
+      if (first == 0) other();
       if (c.d_w2)
         outer_product(wave, desk, multiply,
-                      {pointer<Element>(c.d_w2), 1, c.output, c.hidden, {0, output}, span,
+                      {SECOND, pointer<Element>(c.d_w2), 1, c.output, c.hidden, {0, output}, span,
                        TURNED ? desk.dy_left : desk.dy_transposed, desk.hidden_right});
       if (c.d_w1)
         outer_product(wave, desk, multiply,
-                      {pointer<Element>(c.d_w1), halves, c.hidden, c.model, span, {0, model},
+                      {FIRST, pointer<Element>(c.d_w1), halves, c.hidden, c.model, span, {0, model},
                        TURNED ? desk.d_pre_left : desk.d_pre_transposed, desk.x_right});
       if (c.d_x) input_gradient(wave, desk, span, multiply);
     }
+    if (!needs_hidden) other();
     if (c.d_weight) sum_weight_parts(wave, desk);
   }
 
@@ -232,9 +192,9 @@ class Backward {
   const index* unit() const { return pointer<index>(c.unit); }
 
   // One task: a block of rows, or the gradient of b2 for a segment and a block of columns.
-  void pack_wave(const Wave& wave, const Desk& desk) const {
+  void pack_wave(const Wave& wave, const Desk& desk) {
     const index columns = c.d_b2 ? output : 0, all = wave.rows.size();
-    each(desk.is_shared, all + wave.segments.size() * columns, [&](index task) {
+    each(desk, PACK, all + wave.segments.size() * columns, [&](index task) {
       if (task < all)
         pack_block(wave, desk, task);
       else
@@ -297,12 +257,12 @@ class Backward {
   }
 
   // g, and all that follows from it elementwise. One task: some column blocks of the hidden layer of a segment.
-  void hidden_gradient(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply) const {
+  void hidden_gradient(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply) {
     const index width = task_width(span.number, output, desk.is_shared ? c.threads : 1, WIDEST_OF_K);
     const index groups = (span.number + width - 1) / width;
     Pipeline<HiddenGradient> pipeline(multiply);
     alignas(64) Element rows[2][3][TILE];
-    each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
+    each(desk, HIDDEN, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, span.number - first);
       alignas(64) float d_bias[WIDEST_OF_K][2][BLOCK] = {};
@@ -381,8 +341,8 @@ class Backward {
     return result;
   }
 
-  void sum_weight_parts(const Wave& wave, const Desk& desk) const {
-    each(desk.is_shared, wave.rows.size(), [&](index b) {
+  void sum_weight_parts(const Wave& wave, const Desk& desk) {
+    each(desk, WEIGHTS, wave.rows.size(), [&](index b) {
       for (index r = 0; r < wave.rows[b].count; ++r) {
         float sum = 0;
         for (index i = 0; i < hidden; ++i) sum += desk.weight_parts[(b * BLOCK + r) * hidden + i];
@@ -401,13 +361,13 @@ class Backward {
 
   // The left operand's tiles are [block][rows], or where they are TURNED [rows][block].
   // One task: some row blocks of the gradient, whose left operands stay in the cache over all columns.
-  void outer_product(const Wave& wave, const Desk& desk, const Multiplier& multiply, const Outer& o) const {
+  void outer_product(const Wave& wave, const Desk& desk, const Multiplier& multiply, const Outer& o) {
     const index row_blocks = o.of_rows.number, column_blocks = o.of_columns.number;
     const index group = rows_abreast(wave, column_blocks), all = row_blocks * o.parts;
     const index groups = (all + group - 1) / group;
     const bool streams = reinterpret_cast<index>(o.target) % 64 == 0 && o.columns * sizeof(Element) % 64 == 0;
     Pipeline<StoreRows> pipeline(multiply);
-    each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
+    each(desk, o.stage, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * group, depth = segment.blocks, left_step = TURNED ? all * TILE : TILE;
       const Element* lefts = o.left + segment.first_block * all * TILE;
@@ -429,18 +389,18 @@ class Backward {
                             });
         }
       pipeline.drain();
+      if (streams) _mm_sfence();
     });
-    if (streams) _mm_sfence();
   }
 
   // One task: some column blocks of the rows' gradients of a segment.
-  void input_gradient(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply) const {
+  void input_gradient(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply) {
     const bool is_whole = span.number == hidden;
     const index depth = halves * span.number;
     const index width = task_width(model, depth, desk.is_shared ? c.threads : 1, is_whole ? WIDEST : WIDEST_OF_K);
     const index groups = (model + width - 1) / width, size = least(span.number * BLOCK, c.hidden - span.first * BLOCK);
     Pipeline<SpanRows> pipeline(multiply);
-    each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
+    each(desk, INPUT, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, model - first);
       const Element* weights =
@@ -488,7 +448,9 @@ class Backward {
   const Plan& plan;
   const index halves, model, hidden, output;  // the sizes in blocks
   const bool needs_hidden;
-  std::vector<Desk> desks;  // one per thread, and one for all together
+  const index desks_at_once;
+  Stages stages;
+  std::vector<Desk> desks;  // one per thread, and those of shared waves
 };
 
 inline index backward(const BackwardCall& call) { return run_pass<Backward>(call); }

@@ -251,17 +251,6 @@ inline void clear(void* target, index bytes) {
   clear(target, bytes, 1, [](index) { return false; });
 }
 
-// `body` of each number below `count`: all threads of the region together, or this one alone.
-template <typename Body>
-void each(bool is_shared, index count, const Body& body) {
-  if (is_shared) {
-#pragma omp for schedule(dynamic)
-    for (index i = 0; i < count; ++i) body(i);
-  } else {
-    for (index i = 0; i < count; ++i) body(i);
-  }
-}
-
 constexpr bool IS_BF16 = sizeof(Element) == 2;
 constexpr index WIDEST = IS_BF16 ? 8 : 4, WIDEST_OF_K = IS_BF16 ? 16 : 4, PANEL_TILES = IS_BF16 ? 2048 : 128;
 

@@ -1,6 +1,7 @@
 // y[unit] += weight * (w2 act(w1 x[unit] + b1) + b2), by waves of experts; without outputs the hidden layer alone.
 #pragma once
 #include "few_rows.h"
+#include "stages.h"
 
 namespace {
 
@@ -8,19 +9,20 @@ class Forward {
  public:
   Forward(const ForwardCall& call, const Plan& plan)
       : c(call), plan(plan), few_rows(c, plan.few), halves(call.gated ? 2 : 1), model(blocks(c.model)),
-        hidden(blocks(c.hidden)), output(blocks(c.output)) {}
-
+        hidden(blocks(c.hidden)), output(blocks(c.output)), looks_ahead(plan.most_shared <= MOST_AHEAD),
+        stages(STAGES * plan.shared.size()) {}
 
   // The size of all buffers; with memory given, their places as well.
   size_t place(Scratch* memory) {
-    const index row = (model + hidden) * TILE, alone = plan.most_alone * row + panel_size();
+    const index alone = plan.most_alone * (model + hidden) * TILE + panel_size();
+    const index shared = plan.most_shared * (inputs_at_once() * model + hidden_at_once() * hidden) * TILE;
     const index results = c.y_rows ? 0 : c.rows * c.output;
     if (memory) {
-      together = memory->take<Element>(plan.most_shared * row);
+      together = memory->take<Element>(shared);
       own = memory->take<Element>(c.threads * alone);
       if (!c.y_rows) c.y_rows = reinterpret_cast<index>(memory->take<Element>(results));
     }
-    return Scratch::size<Element>(plan.most_shared * row) + Scratch::size<Element>(c.threads * alone) +
+    return Scratch::size<Element>(shared) + Scratch::size<Element>(c.threads * alone) +
            Scratch::size<Element>(results) + few_rows.place(memory);
   }
 
@@ -30,10 +32,9 @@ class Forward {
       Element* panel = own + omp_get_thread_num() * (plan.most_alone * (model + hidden) * TILE + panel_size());
       if (c.pre) clear_idle();
       few_rows.run(multiply);
-      for (const Wave& wave : plan.shared) compute(wave, {true, together, plan.most_shared, panel}, multiply);
+      compute_shared(panel, multiply);
 #pragma omp for schedule(dynamic)
-      for (index i = 0; i < (index)plan.alone.size(); ++i)
-        compute(plan.alone[i], {false, panel + panel_size(), plan.most_alone, panel}, multiply);
+      for (index i = 0; i < (index)plan.alone.size(); ++i) compute_alone(plan.alone[i], panel, multiply);
       if (c.output)
         combine(plan, pointer<Element>(c.y_rows), pointer<float>(c.weight), pointer<Element>(c.y), c.units, c.output);
     });
@@ -42,10 +43,18 @@ class Forward {
  private:
   struct Desk {  // where a wave is computed
     bool is_shared;
-    Element* packed;
-    index blocks;
-    Element* panel;
+    index wave;  // number of a shared one
+    Element *x, *hidden, *panel;
   };
+
+  // Of each shared wave. The second product follows the first one of the next wave, so that threads that are done with
+  // a stage need not wait for the others: what it needs lies two stages back.
+  enum Stage : index { PACK, FIRST, SECOND, STAGES };
+
+  static constexpr index MOST_AHEAD = 4 * WAVE_BLOCKS;  // of larger waves the packed rows take too much memory
+
+  index inputs_at_once() const { return looks_ahead ? least(2, plan.shared.size()) : 1; }
+  index hidden_at_once() const { return looks_ahead ? least(3, plan.shared.size()) : 1; }
 
   bool has_waves() const { return plan.shared.size() + plan.alone.size(); }
 
@@ -72,14 +81,58 @@ class Forward {
     for (const RowBlock& rows : plan.idle) clear(pointer<char>(c.pre) + rows.start * size, rows.count * size);
   }
 
-  void compute(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
-    Element *packed_x = desk.packed, *packed_hidden = desk.packed + desk.blocks * model * TILE;
-    each(desk.is_shared, wave.rows.size(), [&](index b) {
-      pack_rows(packed_x + b * model * TILE, pointer<Element>(c.x), c.model,
-                pointer<index>(c.unit) + wave.rows[b].start, wave.rows[b].count);
+  Desk shared_desk(index wave, Element* panel) const {
+    const index x = plan.most_shared * model * TILE, row = plan.most_shared * hidden * TILE;
+    return {true, wave, together + wave % inputs_at_once() * x,
+            together + inputs_at_once() * x + wave % hidden_at_once() * row, panel};
+  }
+
+  void compute_shared(Element* panel, const Multiplier& multiply) {
+    const index number = plan.shared.size();
+    if (!looks_ahead || number == 1) {
+      for (index i = 0; i < number; ++i) compute(plan.shared[i], shared_desk(i, panel), multiply);
+      return;
+    }
+    const auto pack = [&](index i) {
+      if (i < number) pack_inputs(plan.shared[i], shared_desk(i, panel));
+    };
+    const auto second = [&](index i) {
+      if (i >= 0 && c.output) second_product(plan.shared[i], shared_desk(i, panel), multiply);
+    };
+    pack(0);
+    for (index i = 0; i < number; ++i) {
+      first_product(plan.shared[i], shared_desk(i, panel), multiply);
+      pack(i + 1);
+      second(i - 1);
+    }
+    second(number - 1);
+  }
+
+  void compute_alone(const Wave& wave, Element* panel, const Multiplier& multiply) {
+    Element* packed = panel + panel_size();
+    compute(wave, {false, 0, packed, packed + plan.most_alone * model * TILE, panel}, multiply);
+  }
+
+  void compute(const Wave& wave, const Desk& desk, const Multiplier& multiply) {
+    pack_inputs(wave, desk);
+    first_product(wave, desk, multiply);
+    if (c.output) second_product(wave, desk, multiply);
+  }
+
+  // All tasks of a stage: those of a shared wave that other threads leave, after the stages of which it needs results
+  // or memory.
+  template <typename Body>
+  void each(const Desk& desk, Stage stage, index count, std::initializer_list<index> needs, const Body& body) {
+    if (desk.is_shared) return stages.run(desk.wave * STAGES + stage, count, needs, body);
+    for (index i = 0; i < count; ++i) body(i);
+  }
+  static index stage_of(index wave, Stage stage) { return wave < 0 ? -1 : wave * STAGES + stage; }
+
+  void pack_inputs(const Wave& wave, const Desk& desk) {
+    each(desk, PACK, wave.rows.size(), {stage_of(desk.wave - inputs_at_once(), FIRST)}, [&](index b) {
+      pack_rows(desk.x + b * model * TILE, pointer<Element>(c.x), c.model, pointer<index>(c.unit) + wave.rows[b].start,
+                wave.rows[b].count);
     });
-    first_product(wave, desk, packed_x, packed_hidden, multiply);
-    if (c.output) second_product(wave, desk, packed_hidden, multiply);
   }
 
   // Weights as they are stored; or, where they are packed, the right operands of column blocks from `column` on.
@@ -122,12 +175,12 @@ class Forward {
   }
 
   // One task: some column blocks of the hidden layer for all rows of a segment.
-  void first_product(const Wave& wave, const Desk& desk, const Element* packed_x, Element* packed_hidden,
-                     const Multiplier& multiply) const {
+  void first_product(const Wave& wave, const Desk& desk, const Multiplier& multiply) {
     const index width = width_of(wave, hidden, model, halves, desk.is_shared), groups = (hidden + width - 1) / width;
     const bool asks_for_weights = this->asks_for_weights(wave, desk.is_shared);
     Pipeline<HiddenRows> pipeline(multiply);
-    each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
+    const index freed = stage_of(desk.wave - hidden_at_once(), c.output ? SECOND : FIRST);
+    each(desk, FIRST, wave.segments.size() * groups, {stage_of(desk.wave, PACK), freed}, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, hidden - first);
       const Element* panels = pack_first(segment.slot, first, number, desk.panel);
@@ -138,14 +191,14 @@ class Forward {
                             : second_area(segment.slot, 0, width_of(wave, output, hidden, 1, desk.is_shared));
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j, rows = wave.rows[b].count;
-        Operands<Element> operands = {packed_x + b * model * TILE, panels, model * TILE, halves, c.model};
+        Operands<Element> operands = {desk.x + b * model * TILE, panels, model * TILE, halves, c.model};
         operands.next_left = operands.left + model * TILE;
         operands.next_right = panels;
-        const Area area = asks_for_weights ? soon : packed_rows(packed_x, b + 1, model);
+        const Area area = asks_for_weights ? soon : packed_rows(desk.x, b + 1, model);
         const index part = asks_for_weights ? j : 0, parts = asks_for_weights ? segment.blocks : 1;
         const auto epilogue = [&](index i) {
           return hidden_rows(c, wave.rows[b].start, rows, segment.slot, first + i,
-                             packed_hidden + (b * hidden + first + i) * TILE);
+                             desk.hidden + (b * hidden + first + i) * TILE);
         };
         if (!c.gated) {
           pipeline.products(operands, number, rows, area, part, parts, epilogue);
@@ -164,12 +217,11 @@ class Forward {
   }
 
   // One task: some column blocks of the output for all rows of a segment.
-  void second_product(const Wave& wave, const Desk& desk, const Element* packed_hidden,
-                      const Multiplier& multiply) const {
+  void second_product(const Wave& wave, const Desk& desk, const Multiplier& multiply) {
     const index width = width_of(wave, output, hidden, 1, desk.is_shared), groups = (output + width - 1) / width;
     const bool asks_for_weights = this->asks_for_weights(wave, desk.is_shared);
     Pipeline<StoreRows> pipeline(multiply);
-    each(desk.is_shared, wave.segments.size() * groups, [&](index task) {
+    each(desk, SECOND, wave.segments.size() * groups, {stage_of(desk.wave, FIRST)}, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
       const index first = task % groups * width, number = least(width, output - first);
       const Element* panels = pack_second(segment.slot, first, number, desk.panel);
@@ -177,11 +229,11 @@ class Forward {
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j;
         const RowBlock& rows = wave.rows[b];
-        Operands<Element> operands = {packed_hidden + b * hidden * TILE, panels, hidden * TILE, 1, c.hidden};
+        Operands<Element> operands = {desk.hidden + b * hidden * TILE, panels, hidden * TILE, 1, c.hidden};
         operands.next_left = operands.left + hidden * TILE;
         operands.next_right = panels;
         pipeline.products(operands, number, rows.count,
-                          asks_for_weights ? soon : packed_rows(packed_hidden, b + 1, hidden),
+                          asks_for_weights ? soon : packed_rows(desk.hidden, b + 1, hidden),
                           asks_for_weights ? j : 0, asks_for_weights ? segment.blocks : 1,
                           [&](index i) { return output_rows(c, rows.start, rows.count, segment.slot, first + i); });
       }
@@ -193,6 +245,8 @@ class Forward {
   const Plan& plan;
   FewRows few_rows;
   const index halves, model, hidden, output;  // the sizes in blocks
+  const bool looks_ahead;
+  Stages stages;
   Element *together = nullptr, *own = nullptr;
 };
 
