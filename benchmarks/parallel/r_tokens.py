@@ -39,7 +39,7 @@ def on_rank(experts: int, backward: bool, repeats: int) -> list[dict[str, object
                 layer.zero_grad(set_to_none=True)
 
         plans = {str(r): (lambda r=r: call(r)) for r in mesh.legal_r}
-        for r, figures in interleaved(plans, repeats).items():
+        for r, figures in interleaved(plans, repeats, apart=True).items():
             rows.append({"experts": experts, "tokens": tokens, "r": int(r), **figures})
     return rows
 

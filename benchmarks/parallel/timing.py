@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,22 @@ Rows = list[dict[str, Any]]
 
 
 def interleaved(
-    calls: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1
+    calls: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1, *, apart: bool = False
 ) -> dict[str, dict[str, float]]:
     """Median, least and most milliseconds of each call, in turns; the slowest rank counts.
 
-    "compute_ms" is the time in which experts were computed, on the rank where that took longest.
+    "compute_ms" is the time in which experts were computed, on the rank where that took longest; with `apart`
+    in turns of its own, since recording it costs small messages a tenth of their time.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     compute: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + warmup):
+    for turn in range(-warmup, repeats + apart):
         for name, call in calls.items():
-            dist.barrier()
-            with record_timeline() as timeline:
-                began = time.perf_counter()
-                call()
-                took = time.perf_counter() - began
-            slowest = torch.tensor([took, timeline.seconds("compute")], dtype=torch.float64)
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            if repeat >= warmup:
-                times[name].append(1e3 * float(slowest[0]))
-                compute[name].append(1e3 * float(slowest[1]))
+            took, computing = _time(call, record=not apart or turn == repeats)
+            if 0 <= turn < repeats:
+                times[name].append(took)
+            if turn == repeats or (turn >= 0 and not apart):
+                compute[name].append(computing)
     return {
         name: {
             "median_ms": statistics.median(values),
@@ -52,6 +49,19 @@ def interleaved(
         }
         for name, values in times.items()
     }
+
+
+def _time(call: Callable[[], Any], record: bool) -> tuple[float, float]:
+    """Milliseconds of a call and of its experts, each on the rank where it takes longest."""
+    dist.barrier()
+    with record_timeline() if record else nullcontext() as timeline:
+        began = time.perf_counter()
+        call()
+        took = time.perf_counter() - began
+    computing = 0.0 if timeline is None else timeline.seconds("compute")
+    slowest = torch.tensor([took, computing], dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return 1e3 * float(slowest[0]), 1e3 * float(slowest[1])
 
 
 def record(name: str, words: str, header: list[str], table: list[list[str]], rows: Rows) -> None:

@@ -85,7 +85,7 @@ def on_rank(images: int, num_experts: int, repeats: int) -> list[dict[str, objec
     calls: dict[str, Callable[[], None]] = {"dense": partial(dense.step, None)}
     calls |= {name: partial(sparse.step, plan) for name, plan in plans.items()}
     rows: list[dict[str, object]] = []
-    for name, figures in interleaved(calls, repeats).items():
+    for name, figures in interleaved(calls, repeats, apart=True).items():
         sent = 0
         if sparse.mesh is not None and name != "dense":
             sparse.mesh.traffic.reset()

@@ -27,7 +27,7 @@ from flexpert.emulate import Cluster
 from flexpert.parallel import ExecutionPlan, expert_mesh, parallelize
 from flexpert.tune import Tuner, attach, cost_of
 from flexpert.tune.calibrate import calibrate
-from flexpert.tune.search import describe
+from flexpert.tune.candidate import describe
 
 RESULTS = Path(__file__).parent / "results"
 NODES, RANKS, FAST, SLOW = 2, 2, "2gbit", "40mbit"

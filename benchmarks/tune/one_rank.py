@@ -23,7 +23,7 @@ import torch
 from flexpert import MoE, MoEConfig
 from flexpert.bench.machine import machine_facts
 from flexpert.tune import Tuner, attach, cost_of
-from flexpert.tune.search import describe
+from flexpert.tune.candidate import describe
 
 RESULTS = Path(__file__).parent / "results"
 LONGEST = 400  # steps of a search

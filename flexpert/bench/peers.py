@@ -33,7 +33,7 @@ def transformers_grouped_mm(problem: Problem) -> Step:
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     shape = problem.shape
-    experts = SimpleNamespace(
+    experts: Any = SimpleNamespace(  # what of a module it asks for
         num_experts=shape.num_experts,
         has_gate=shape.gated,
         has_bias=False,

@@ -110,9 +110,9 @@ def _measure(
         row |= {f"percent_of_{reference}": percent}
         row |= {"peak_mib": memory.get(name) if mode == TRAINING else None}
         rows.append(row)
-    percent = routing_percent(times, mode)
-    share = {**place, "mode": mode, "tokens": cell.shape.tokens, "percent": percent}
-    return rows, [] if percent is None else [share], unavailable
+    routed = routing_percent(times, mode)
+    share = {**place, "mode": mode, "tokens": cell.shape.tokens, "percent": routed}
+    return rows, [] if routed is None else [share], unavailable
 
 
 def check_output(stem: Path) -> None:

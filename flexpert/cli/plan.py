@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--map", type=Path, metavar="FILE", help="draw which plan is best by tokens and parameters, as PNG"
     )
+    parser.add_argument(
+        "--scaling", type=Path, metavar="FILE", help="draw samples per second by number of nodes, as PNG"
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -35,15 +38,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from flexpert.simulate.output import check_file
 
     model, cluster, traffic = job(options)
-    if options.map is not None:
-        check_file(options.map)
+    for path in (options.map, options.scaling):
+        if path is not None:
+            check_file(path)
     found = recommend(model, cluster, options.batch, traffic=traffic, sensitivity=options.sensitivity)
-    files = []
+    files: list[str] = []
     if options.map is not None:
         from flexpert.simulate.plan_map import draw
 
         draw(cluster, options.map)
-        files = [str(options.map)]
+        files.append(str(options.map))
+    if options.scaling is not None:
+        from flexpert.simulate import scaling_curve
+
+        scaling_curve.draw(model, cluster, options.batch, options.scaling, traffic)
+        files.append(str(options.scaling))
     return {
         "model": model.name,
         "cluster": cluster.name,

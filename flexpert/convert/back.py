@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flexpert.core.errors import ConfigError
 from flexpert.experts import SharedExpert
@@ -124,11 +124,11 @@ def _modules(skeleton: nn.Module | None, layer: Layer, mlp: DenseMLP) -> dict[st
     place = layer.place
     if skeleton is None or not place.first:
         return {place.name: _as_module(mlp)}
+    weights: list[tuple[Tensor, Tensor | None]]
     if len(place.first) == 2:
-        weights = zip(mlp.w1, (None, None) if mlp.b1 is None else mlp.b1, strict=True)
+        weights = list(zip(mlp.w1, (None, None) if mlp.b1 is None else mlp.b1, strict=True))
     else:
-        flat = mlp.w1.flatten(0, -2), None if mlp.b1 is None else mlp.b1.flatten()
-        weights = iter([flat])
+        weights = [(mlp.w1.flatten(0, -2), None if mlp.b1 is None else mlp.b1.flatten())]
     for path, (weight, bias) in zip(place.first, weights, strict=True):
         write_linear(skeleton.get_submodule(path), weight, bias, path)
     write_linear(skeleton.get_submodule(place.last), mlp.w2, mlp.b2, place.last)

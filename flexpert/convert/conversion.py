@@ -140,8 +140,9 @@ def _build(
     layer = build_layer(config, _tensors(parts), generator.initial_seed())
     weight = getattr(layer.router, "weight", None)
     if isinstance(weight, nn.Parameter):
+        num_experts, width = weight.shape
         with torch.no_grad():
-            weight.copy_(method.rows(*weight.shape, generator))
+            weight.copy_(method.rows(num_experts, width, generator))
     elif method.pieces > 1:
         raise ConfigError(
             f"method {method.name!r} sets the rows of the router, and {config.router!r} has none; use a "

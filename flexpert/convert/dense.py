@@ -6,7 +6,7 @@ Letters: D model_dim, F hidden_dim, O output_dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,13 +60,19 @@ class DenseMLP:
     @property
     def expert_bias(self) -> bool | str:
         """Its biases, as `MoEConfig.expert_bias` says it."""
-        both = {(True, True): True, (True, False): "b1", (False, True): "b2", (False, False): False}
-        return both[self.b1 is not None, self.b2 is not None]
+        if self.b1 is None:
+            return False if self.b2 is None else "b2"
+        return "b1" if self.b2 is None else True
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors it has, by name."""
         every = {"w1": self.w1, "b1": self.b1, "w2": self.w2, "b2": self.b2}
         return {name: tensor for name, tensor in every.items() if tensor is not None}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> DenseMLP:
+        """The network of another's tensors, by name as in `tensors()`."""
+        b1, b2 = tensors.get("b1"), tensors.get("b2")
+        return dataclasses.replace(self, w1=tensors["w1"], b1=b1, w2=tensors["w2"], b2=b2)
 
     def num_params(self) -> int:
         """Parameters."""
@@ -117,12 +123,12 @@ def join(parts: Sequence[DenseMLP]) -> DenseMLP:
 
 def average(parts: Sequence[DenseMLP], shares: Sequence[float]) -> DenseMLP:
     """The network whose tensors are the weighted sum of those of equal networks."""
-    sums = {
-        name: sum(share * part.tensors()[name].double() for share, part in zip(shares, parts, strict=True))
-        for name in parts[0].tensors()
-    }
-    typed = {name: total.to(parts[0].w1.dtype) for name, total in sums.items()}  # type: ignore[union-attr]
-    return dataclasses.replace(parts[0], **typed)
+    first = parts[0]
+    totals = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in first.tensors().items()}
+    for share, part in zip(shares, parts, strict=True):
+        for name, tensor in part.tensors().items():
+            totals[name] += share * tensor.double()
+    return first.with_tensors({name: total.to(first.w1.dtype) for name, total in totals.items()})
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -132,14 +138,14 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear module."""
-    rows, columns = module.weight.shape
+    rows, columns = _parameters(module)[0].shape
     return (rows, columns) if _is_transposed(module) else (columns, rows)
 
 
 def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight (outputs, inputs) and bias, not copied."""
-    weight = module.weight.detach()
-    bias = None if module.bias is None else module.bias.detach()
+    weight, bias = _parameters(module)
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
     return (weight.T if _is_transposed(module) else weight), bias
 
 
@@ -150,15 +156,24 @@ def write_linear(module: nn.Module, weight: Tensor, bias: Tensor | None, name: s
         CheckpointError: they have another shape.
     """
     weight = weight.T if _is_transposed(module) else weight
-    if weight.shape != module.weight.shape or (bias is None) != (module.bias is None):
+    old, old_bias = _parameters(module)
+    if weight.shape != old.shape or (bias is None) != (old_bias is None):
         raise CheckpointError(
-            f"{name} of the dense model has a weight {tuple(module.weight.shape)} and "
-            f"{'no' if module.bias is None else 'a'} bias, the experts make one of {tuple(weight.shape)} and "
+            f"{name} of the dense model has a weight {tuple(old.shape)} and "
+            f"{'no' if old_bias is None else 'a'} bias, the experts make one of {tuple(weight.shape)} and "
             f"{'no' if bias is None else 'a'} bias; give the dense model that was converted"
         )
     module.weight = nn.Parameter(weight.contiguous())
     if bias is not None:
         module.bias = nn.Parameter(bias.contiguous())
+
+
+def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight, as it is stored, and bias of a linear module."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    return weight, bias
 
 
 def _is_transposed(module: nn.Module) -> bool:

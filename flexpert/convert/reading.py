@@ -121,8 +121,8 @@ def read_mlp(name: str, module: nn.Module, model: nn.Module) -> tuple[Place, Den
 def _read_split(name: str, module: nn.Module, parent: nn.Module) -> tuple[Place, DenseMLP]:
     path = name.rpartition(".")[0]
     last = f"{path}.output.dense" if path else "output.dense"
-    hidden, bias = read_linear(module.dense)
-    weight, output_bias = read_linear(parent.output.dense)
+    hidden, bias = read_linear(module.get_submodule("dense"))
+    weight, output_bias = read_linear(parent.get_submodule("output.dense"))
     if hidden.shape[0] != weight.shape[1]:
         raise UnknownError(f"its widths do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
     trace = _run(module, hidden.shape[1])
@@ -213,7 +213,7 @@ def _matching(dense: DenseMLP, trace: _Trace) -> DenseMLP | None:
     exact = {name: tensor.to("cpu", torch.float64) for name, tensor in dense.tensors().items()}
     errors = {}
     for name in ACTIVATIONS:
-        y = DenseMLP(**{"b1": None, "b2": None, **exact}, activation=name)(trace.x)
+        y = dataclasses.replace(dense.with_tensors(exact), activation=name)(trace.x)
         if y.shape == trace.y.shape:
             errors[name] = float((y - trace.y).abs().max() / trace.y.abs().max().clamp(min=1e-30))
     best = min(errors, key=errors.__getitem__, default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from flexpert.experts import SharedExpert
 from flexpert.layer import MoE
 
-from .dense import is_linear
+from .dense import is_linear, linear_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ def measure_layer(layer: MoE | SharedExpert) -> Sizes:
 def _flops(module: nn.Module) -> int:
     if isinstance(module, (MoE, SharedExpert)):
         return module.flops_per_token()
-    own = 2 * module.weight.numel() if is_linear(module) else 0
+    own = 2 * math.prod(linear_shape(module)) if is_linear(module) else 0
     return own + sum(_flops(child) for child in module.children())
 
 

@@ -110,13 +110,8 @@ class PackableBank(ExpertBank):
 
     def _apply(self: Bank, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
         if self.is_packed:
-            before = self.packed_w1.new_empty(0)
-            after = fn(before)
-            if (after.dtype, after.device) != (before.dtype, before.device):
-                raise ConfigError(
-                    f"weights packed in {before.dtype} on {before.device} cannot become {after.dtype} on "
-                    f"{after.device}; call unpack() on the bank or the model, convert, and prepack() again"
-                )
+            remedy = "call unpack() on the bank or the model, convert, and prepack() again"
+            packing.check_conversion(self.packed_w1, fn, remedy)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

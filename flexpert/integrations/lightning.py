@@ -61,7 +61,7 @@ class MoECallback(UpkeepCallback, Callback):
             upkeep.observe()
             return _added(output, upkeep) if upkeep.weight and output is not None else output
 
-        pl_module.training_step = training_step
+        vars(pl_module)["training_step"] = training_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

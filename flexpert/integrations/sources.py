@@ -169,7 +169,7 @@ def has_blocks(model: nn.Module) -> bool:
         return False
 
 
-def _pretrained() -> type | None:
+def _pretrained() -> type[nn.Module] | None:
     """The class of models of transformers, where it is in use."""
     library: ModuleType | None = sys.modules.get("transformers")
     return None if library is None else library.PreTrainedModel

@@ -198,7 +198,7 @@ def own_loss(model: nn.Module, wanted: bool) -> str | None:
     own = None
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        if hasattr(module, "weighted_balance_loss") and getattr(config, "balance_weight", 0):
+        if hasattr(module, "weighted_balance_loss") and getattr(config, "balance_weight", None):
             own = type(module).__name__
         for part in (config, getattr(config, "text_config", None)):
             weight = getattr(part, "router_aux_loss_coef", None)

@@ -41,8 +41,10 @@ class MoELanguageModel(LlamaModel):
         super().__init__(config)
         self.collector = LossCollector()
         for place in config.moe_layers():
-            self.layers[place].mlp = moe = CollectingMoE(config.moe_layer(), self.collector)
-            self.layers[place].self_attn.register_forward_pre_hook(self._take_mask, with_kwargs=True)
+            layer = self.layers[place]
+            layer.mlp = moe = CollectingMoE(config.moe_layer(), self.collector)
+            attention = layer.get_submodule("self_attn")
+            attention.register_forward_pre_hook(self._take_mask, with_kwargs=True)
             if isinstance(moe.router, LinearRouter):
                 nn.init.normal_(moe.router.weight, std=config.initializer_range)
             if moe.shared is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
 from flexpert.core.config import MoEConfig
 from flexpert.core.errors import ConfigError
-from flexpert.core.registry import Spec, check_options, keyword_names, suggest
+from flexpert.core.registry import Spec
+
+from .presets import from_preset
 
 
 @strict
@@ -121,11 +122,4 @@ def language_preset(name: str, **overrides: Any) -> MoELanguageConfig:
     Raises:
         ConfigError: an unknown name or setting (the valid ones are listed), or a bad value.
     """
-    if name not in _PRESETS:
-        raise ConfigError(f"unknown preset {name!r}: {suggest(name, _PRESETS)}")
-    names = [key for key in keyword_names(MoELanguageConfig) if not key.startswith("_")]
-    check_options(f"preset {name!r}", overrides, names)
-    try:
-        return MoELanguageConfig(**{**_PRESETS[name], **overrides})
-    except (StrictDataclassError, ValueError) as error:
-        raise ConfigError(f"preset {name!r}: {' '.join(str(error).split())}") from None
+    return from_preset(MoELanguageConfig, _PRESETS, name, overrides)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -13,8 +14,14 @@ from torch import Tensor
 from flexpert.core.errors import CheckpointError
 from flexpert.layer import MoE
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+else:
+    PreTrainedModel = object  # a mixin: the model brings it
 
-class MoEPreTrained(metaclass=ABCMeta):  # DDP and FSDP cannot exchange the class of an heir of ABC
+
+# With a metaclass, as DDP and FSDP cannot exchange the class of an heir of ABC.
+class MoEPreTrained(PreTrainedModel, metaclass=ABCMeta):
     """Mixin before a `PreTrainedModel`; models give `card` and `weighted_balance_loss`.
 
     Attributes:
@@ -43,32 +50,30 @@ class MoEPreTrained(metaclass=ABCMeta):  # DDP and FSDP cannot exchange the clas
             output.aux_loss = self.weighted_balance_loss(terms)
             if output.loss is not None:
                 output.loss = output.loss + output.aux_loss
-        model: Any = self
-        as_dict = model.config.return_dict if return_dict is None else return_dict
+        as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
     def num_active_parameters(self) -> int:
         """Parameters that a token meets: all but those of the experts it is not given to."""
-        model: Any = self
-        layers = [module for module in model.modules() if isinstance(module, MoE)]
+        layers = [module for module in self.modules() if isinstance(module, MoE)]
         idle = sum(sum(p.numel() for p in layer.parameters()) - layer.num_active_params() for layer in layers)
-        return int(model.num_parameters()) - idle
+        return int(self.num_parameters()) - idle
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write safetensors, config.json and, where there is none yet, a model card README.md.
 
         Args:
             save_directory: made if need be.
             args, kwargs: see `transformers.PreTrainedModel.save_pretrained`.
         """
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)
         card = Path(save_directory) / "README.md"
         if kwargs.get("is_main_process", True) and not card.exists():
             card.write_text(self.card(), encoding="utf-8")
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """Load a model; see `transformers.PreTrainedModel.from_pretrained`.
 
@@ -81,11 +86,10 @@ class MoEPreTrained(metaclass=ABCMeta):  # DDP and FSDP cannot exchange the clas
         with_info = kwargs.pop("output_loading_info", False)
         lenient = kwargs.get("ignore_mismatched_sizes", False) and cls.fresh_head is not None
         try:
-            model, info = super().from_pretrained(  # type: ignore[misc]
-                path, *args, output_loading_info=True, **kwargs
-            )
+            loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{path} does not hold the weights of its config: {error}") from error
+        model, info = loaded
         for kind in ("missing", "unexpected", "mismatched"):
             names = [key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"]]
             names = sorted(name for name in names if not (lenient and name.startswith(str(cls.fresh_head))))

@@ -63,17 +63,22 @@ class SwinV2MoEModel(Swinv2Model):
     def __init__(self, config: SwinV2MoEConfig, **options: Any) -> None:
         super().__init__(config, **options)
         self.collector = LossCollector()
-        stages = self.encoder.layers
         if not config.mlp_fc2_bias:
-            for block in (block for stage in stages for block in stage.blocks):
-                block.output.dense.register_parameter("bias", None)
+            places = [(stage, place) for stage, depth in enumerate(config.depths) for place in range(depth)]
+            for stage, place in places:
+                last = self.get_submodule(f"{_block(stage, place)}.output.dense")
+                last.register_parameter("bias", None)
         for stage, place in config.moe_places():
-            block = stages[stage].blocks[place]
+            block = self.get_submodule(_block(stage, place))
             block.intermediate = moe = CollectingMoE(config.moe_layer(stage), self.collector)
             if isinstance(moe.router, LinearRouter):
                 nn.init.normal_(moe.router.weight, std=config.moe_init_std)
             block.output = nn.Identity()
         self.post_init()
+
+
+def _block(stage: int, place: int) -> str:
+    return f"encoder.layers.{stage}.blocks.{place}"
 
 
 class SwinV2MoEForImageClassification(MoEPreTrained, Swinv2ForImageClassification):
@@ -86,6 +91,7 @@ class SwinV2MoEForImageClassification(MoEPreTrained, Swinv2ForImageClassificatio
 
     config_class = SwinV2MoEConfig
     fresh_head = "classifier."
+    swinv2: SwinV2MoEModel
 
     def __init__(self, config: SwinV2MoEConfig) -> None:
         super(Swinv2ForImageClassification, self).__init__(config)  # its own would build a dense backbone

@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import Swinv2Config
 
 from flexpert.core.config import MoEConfig
 from flexpert.core.errors import ConfigError
-from flexpert.core.registry import Spec, check_options, keyword_names, split_spec, suggest
+from flexpert.core.registry import Spec, split_spec
 from flexpert.losses import build_losses
+
+from .presets import from_preset
 
 
 @strict
@@ -171,11 +172,5 @@ def preset(name: str, **overrides: Any) -> SwinV2MoEConfig:
     Raises:
         ConfigError: an unknown name or setting (the valid ones are listed), or a bad value.
     """
-    if name not in _PRESETS:
-        raise ConfigError(f"unknown preset {name!r}: {suggest(name, _PRESETS)}")
-    names = [key for key in keyword_names(SwinV2MoEConfig) if not key.startswith("_")]
-    check_options(f"preset {name!r}", overrides, [*names, "num_labels", "id2label", "label2id"])
-    try:
-        return SwinV2MoEConfig(**{**_PRESETS[name], **overrides})
-    except StrictDataclassError as error:
-        raise ConfigError(f"preset {name!r}: {' '.join(str(error).split())}") from None
+    labels = "num_labels", "id2label", "label2id"
+    return from_preset(SwinV2MoEConfig, _PRESETS, name, overrides, labels)

@@ -6,8 +6,6 @@ the same backend, no gradient is wanted and nobody watches; else these run one a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -56,7 +54,9 @@ def _experts(x_TD: Tensor, unit_N: Tensor, weight_N: Tensor, counts_E: Tensor, m
     return ops.grouped_mlp(*rows, *weights, mlp.activation, mlp.recompute)
 
 
-def _shortcut(name: str, x_TD: Tensor, chosen: tuple[Any, ...], mlp: ExpertMLP) -> Tensor | None:
+def _shortcut(
+    name: str, x_TD: Tensor, chosen: TokenChoice | tuple[Tensor, Tensor], mlp: ExpertMLP
+) -> Tensor | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not 0 < len(x_TD) <= FEW_TOKENS:
         return None
     if select.override() is not None or wanted_kernel() != "auto":

@@ -68,6 +68,20 @@ def sum_rows(
     return _bags(rows_ND, index, edges * terms, weight)
 
 
+def sum_here(
+    rows_ND: Tensor,
+    unit_N: Tensor,
+    weight_N: Tensor | None,
+    counts_E: Tensor,
+    slot_E: Tensor | None,
+    num_units: int,
+) -> Tensor:
+    """`sum_rows` over the rows of experts that have a slot; rows past counts_E.sum() are not read."""
+    total = int(counts_E.sum())
+    kept = None if slot_E is None else (slot_E >= 0).repeat_interleave(counts_E).nonzero()[:, 0]
+    return sum_rows(rows_ND, unit_N[:total], None if weight_N is None else weight_N[:total], kept, num_units)
+
+
 def sum_runs(rows_ND: Tensor, weight_N: Tensor | None, edges: Tensor) -> Tensor:
     """y[i] = sum of weight_N[j] * rows[j] over edges[i] <= j < edges[i + 1].
 

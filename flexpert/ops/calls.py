@@ -36,7 +36,11 @@ def call(name: str, *args: Any) -> Any:
 
 def is_unwatched(args: tuple[Any, ...]) -> bool:
     """Whether the arguments are plain tensors on the CPU, and no mode, transform or profiler watches."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() or torch.autograd._profiler_enabled():
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+        or torch._C._autograd._profiler_enabled()
+    ):
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or not args[0].is_cpu:
         return False

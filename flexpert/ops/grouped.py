@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import get_activation, hidden_backward, hidden_forward
+from .backend import Kernel
 from .bags import wide
 from .portable import assign
 from .products import is_transposed, slack
@@ -234,7 +235,7 @@ def grouped_mlp_backward(
     return d_x, d_weight, d_w1, d_b1, d_w2, d_b2
 
 
-KERNELS = {
+KERNELS: dict[str, Kernel] = {
     "assign": assign,
     "gather_rows": gather_rows,
     "gather_rows_backward": gather_rows_backward,

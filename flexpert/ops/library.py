@@ -6,7 +6,7 @@ derivative: differentiating twice raises, instead of giving a wrong second deriv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _asked(
-    like: Tensor, shapes: list[Any], needs: list[bool], dtypes: list[torch.dtype]
+    like: Tensor, shapes: Sequence[tuple[int, ...]], needs: list[bool], dtypes: list[torch.dtype]
 ) -> tuple[Tensor, ...]:
     """Gradients as backward kernels return them: of the given shapes, empty where not asked for."""
     return tuple(

@@ -10,6 +10,8 @@ from torch import Tensor
 from .bags import wide
 from .library import OPERATORS, _asked, _define, _fake, _given, _refuse_twice, _register_autograd
 
+__all__ = ["OPERATORS"]  # with those of routing among them
+
 _define(
     {
         "route": (

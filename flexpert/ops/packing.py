@@ -7,8 +7,12 @@ blocks, 1024), or (S, F blocks, 2, D blocks, 1024) for a gated MLP; `w2` (S, O b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from flexpert.core.errors import ConfigError
 
 from .cpu.build import native
 
@@ -28,6 +32,21 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if (uses := found.instructions(dtype)) == "AVX2":
         return f"the {uses} kernels have no packed form, only those of AVX512_BF16 and AMX"
     return None
+
+
+def check_conversion(packed: Tensor, convert: Callable[[Tensor], Tensor], remedy: str) -> None:
+    """Refuse a conversion of a module, as `Module.to` makes it, under which packed weights cannot stay so.
+
+    Raises:
+        ConfigError: it changes dtype or device.
+    """
+    before = packed.new_empty(0)
+    after = convert(before)
+    if (after.dtype, after.device) != (before.dtype, before.device):
+        raise ConfigError(
+            f"weights packed in {before.dtype} on {before.device} cannot become {after.dtype} on "
+            f"{after.device}; {remedy}"
+        )
 
 
 def pack(w: Tensor) -> Tensor:

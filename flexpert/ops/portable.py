@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import Kernel
 from .bags import sum_rows, wide
 from .memory import empty
 from .products import is_transposed, outer_product, pad_rows, row_product, segments, slack
@@ -134,7 +135,7 @@ def scatter_combine_backward(
     return d_rows, d_weight
 
 
-KERNELS = {
+KERNELS: dict[str, Kernel] = {
     "assign": assign,
     "gather_rows": gather_rows,
     "gather_rows_backward": gather_rows_backward,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import Kernel
 from .bags import wide
 from .portable import assign
 
@@ -118,7 +119,7 @@ def router_logits_backward(
     return d_x, d_w
 
 
-KERNELS = {
+KERNELS: dict[str, Kernel] = {
     "route": route,
     "route_backward": route_backward,
     "router_logits": router_logits,

@@ -38,9 +38,9 @@ def route(
     """See `flexpert.ops.route`; the fields of `Routes`, `limit` -1 for none."""
     (tokens, num_experts), score_TE = logits_TE.shape, SCORINGS[scoring](logits_TE)
     ranking = (score_TE if bias_E is None else score_TE + bias_E).tolist()
-    ids = [sorted(range(num_experts), key=lambda e, row=row: -row[e])[:top_k] for row in ranking]
+    ids = [_best_first(row)[:top_k] for row in ranking]
     best = score_TE.detach().amax(-1).tolist()
-    first = sorted(range(tokens), key=lambda t: -best[t]) if prioritized else list(range(tokens))
+    first = _best_first(best) if prioritized else list(range(tokens))
     kept: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]
     rest: list[tuple[int, int]] = []
     for k, t in [(k, t) for k in range(top_k) for t in first]:
@@ -49,8 +49,8 @@ def route(
     weights = []
     for rows in kept:
         for k, t in rows:
-            divisor = sum(score_TE[t, e] for e in ids[t]).clamp(min=TINY) if normalize else 1
-            weights.append(score_TE[t, ids[t][k]] / divisor * scale)
+            total = sum((score_TE[t, e] for e in ids[t]), start=score_TE.new_zeros(()))
+            weights.append(score_TE[t, ids[t][k]] / (total.clamp(min=TINY) if normalize else 1) * scale)
     rows = [row for group in (*kept, rest) for row in group]
     start = sum(len(group) for group in kept[:-1])
     slots = [i for group in kept for i in range(len(group))]
@@ -66,6 +66,10 @@ def route(
     weight_N = torch.stack([*weights, *[zero] * len(rest), zero])[:-1]
     ids_TK = torch.tensor(ids, dtype=torch.int64).view(tokens, top_k)
     return score_TE, ids_TK, order_N, unit_N, weight_N, counts_E, slot_N
+
+
+def _best_first(scores: list[float]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
 
 
 def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:

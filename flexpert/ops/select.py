@@ -1,14 +1,9 @@
-"""Which backend runs an operator: verified and chosen once per (operator, device type, dtype), and reported.
-
-A backend is a name, a table of kernels and a `verify` that says why it refuses a kind of call. Kernels
-live below autograd: they get the arguments of the `flexpert::` schemas and return what those declare.
-"""
+"""Which backend runs an operator: verified and chosen once per (operator, device type, dtype)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -17,33 +12,24 @@ import torch
 from flexpert.core.errors import ConfigError, InputError
 
 from . import grouped, portable, portable_mlp, portable_route, reference
+from .backend import Backend, CallFacts, Kernel
 from .cpu import backend as cpu
 from .cpu.build import native
 from .wanted import wanted_kernel
 
-Kernel = Callable[..., Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallFacts:
-    """What a backend may judge a call by; `dtype` is that of the first tensor."""
-
-    operator: str
-    device: str
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backend:
-    """`verify` returns None where the backend can run the call, else the reason why it cannot.
-
-    `instructions` names what it then computes with, where it is not PyTorch that decides.
-    """
-
-    name: str
-    kernels: Mapping[str, Kernel]
-    verify: Callable[[CallFacts], str | None]
-    instructions: Callable[[CallFacts], str] | None = None
+__all__ = [
+    "BACKENDS",
+    "GROUPED_MM",
+    "NATIVE",
+    "PORTABLE",
+    "Backend",
+    "able",
+    "kernel",
+    "override",
+    "report",
+    "shortcut",
+    "use_backend",
+]
 
 
 def _verify_portable(facts: CallFacts) -> str | None:

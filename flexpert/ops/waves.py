@@ -10,7 +10,7 @@ rows keep their order, without gaps. In half precision each product computes a p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,3 +78,8 @@ def waves(counts_E: Tensor, slot_E: Tensor | None, dtype: torch.dtype) -> Iterat
         members.append((slot, start, stop))
     if members:
         yield _wave(members, dtype)
+
+
+def room(plan: Iterable[Wave]) -> int:
+    """Rows of a buffer that holds any wave."""
+    return max((wave.size for wave in plan), default=0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +18,7 @@ from flexpert.core.errors import DistributedError, InputError
 
 from .codec import NONE, Codec
 from .group import Group
+from .parts import one_each
 from .splits import Splits
 
 
@@ -39,8 +39,7 @@ class PendingRows:
         if self._finish is not None:
             finish, self._finish = self._finish, None  # it holds buffers
             try:
-                with _without_grad():
-                    self._rows = finish()
+                self._rows = finish()
             except DistributedError as error:
                 self._failure = str(error)
                 raise
@@ -139,18 +138,18 @@ class AllToAll(ABC):
             DistributedError: the exchange failed.
         """
         part = splits.chunk(chunk, degree)
-        expected = part.num_received if reverse else part.num_sent
-        if rows_ND.shape[0] != expected:
+        expected = (part.reverse if reverse else part.forward).leaving
+        if len(rows_ND) != expected:
             way = "back" if reverse else "forward"
             raise InputError(
-                f"{rows_ND.shape[0]} rows given to be sent {way}; chunk {chunk} of {degree} has {expected}"
+                f"{len(rows_ND)} rows given to be sent {way}; chunk {chunk} of {degree} has {expected}"
             )
-        if rows_ND.dim() != 2 and codec is not NONE:
-            raise InputError(f"codec {codec.name!r} is for rows (N, D); got {tuple(rows_ND.shape)}")
-        with _without_grad():
-            arrive = self._start(codec.encode(rows_ND), part, chunk, reverse)
+        rows_ND = rows_ND.detach() if rows_ND.requires_grad else rows_ND
         if codec is NONE:
-            return PendingRows(arrive)
+            return PendingRows(self._start(rows_ND, part, chunk, reverse))
+        if rows_ND.dim() != 2:
+            raise InputError(f"codec {codec.name!r} is for rows (N, D); got {tuple(rows_ND.shape)}")
+        arrive = self._start(codec.encode(rows_ND), part, chunk, reverse)
         dtype, width = rows_ND.dtype, rows_ND.shape[-1]
         return PendingRows(lambda: codec.decode(arrive(), dtype, width))
 
@@ -168,8 +167,7 @@ class Linear(AllToAll):
         self, message_PV: Tensor, header: int
     ) -> tuple[list[list[int]], Splits]:
         received_PV = torch.empty_like(message_PV)
-        one_each = [1] * self.group.size
-        self.group.exchange(received_PV, message_PV, one_each, one_each).wait()
+        self.group.exchange(received_PV, message_PV, one_each(self.group.size)).wait()
         received = received_PV.tolist()
         sent = [row[header:] for row in message_PV.tolist()]
         return [row[:header] for row in received], Splits(sent, [row[header:] for row in received])
@@ -179,22 +177,15 @@ class Linear(AllToAll):
         return Splits(matrix_PPC[rank].tolist(), matrix_PPC[:, rank].tolist())
 
     def _start(self, wire: Tensor, part: Splits, chunk: int, reverse: bool) -> Callable[[], Tensor]:
-        send, receive, arriving = part.send_rows, part.receive_rows, part.num_received
-        if reverse:
-            send, receive, arriving = receive, send, part.num_sent
-        output = wire.new_empty(arriving, *wire.shape[1:])
-        pending = self.group.exchange(output, wire, receive, send, chunk)
+        parts = part.reverse if reverse else part.forward
+        output = wire.new_empty(parts.arriving, *wire.shape[1:])
+        pending = self.group.exchange(output, wire, parts, chunk)
 
         def arrive() -> Tensor:
             pending.wait()
             return output
 
         return arrive
-
-
-def _without_grad() -> AbstractContextManager[None]:
-    """`torch.no_grad`, where gradients are recorded at all."""
-    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def all_to_all(x_ND: Tensor, algorithm: AllToAll, splits: Splits, codec: Codec = NONE) -> Tensor:

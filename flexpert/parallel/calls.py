@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.nn.parallel import DistributedDataParallel
 
 # Parts of file names, and what they are parts of.
@@ -55,6 +56,9 @@ def _operation(frame: FrameType) -> tuple[str, str] | None:
         return "set-up", f"group {describe_group(own.process_group)}"
     if isinstance(own, DTensor) and name in ("full_tensor", "redistribute"):
         return name, _describe_mesh(own.device_mesh)
+    spec = values.get("current_spec")
+    if name == "redistribute_local_tensor" and isinstance(spec, DTensorSpec):  # operators call it too
+        return "redistribute", _describe_mesh(spec.mesh)
     if (
         frame.f_globals.get("__name__") != dist.distributed_c10d.__name__
         or name not in dist.distributed_c10d.__all__

@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
+from . import backend
 from .calls import describe_group
 from .group import Group
 from .heartbeat import heartbeat_of
 from .pending import Pending, named
 from .timers import phase
-
-# PyTorch renames these; the old names warn.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 DDP, FSDP = "dense part (DDP)", "dense part (FSDP)"  # before the operation, in messages
 
@@ -89,7 +86,7 @@ class _AllGather(_Fresh, AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         def launch() -> Any:
-            return _all_gather(output_tensor, input_tensor, group=group, async_op=True)
+            return backend.all_gather(output_tensor, input_tensor, group=group, async_op=True)
 
         return _issue("all_gather", launch, group, output_tensor, async_op)
 
@@ -104,7 +101,7 @@ class _ReduceScatter(_Fresh, ReduceScatter):
         async_op: bool = False,
     ) -> dist.Work | None:
         def launch() -> Any:
-            return _reduce_scatter(output_tensor, input_tensor, group=group, op=op, async_op=True)
+            return backend.reduce_scatter(output_tensor, input_tensor, group=group, op=op, async_op=True)
 
         return _issue("reduce_scatter", launch, group, output_tensor, async_op)
 

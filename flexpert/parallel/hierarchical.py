@@ -22,6 +22,7 @@ from flexpert.core.errors import DistributedError, InputError
 
 from .all_to_all import AllToAll
 from .group import Group
+from .parts import Parts, one_each
 from .pending import Pending
 from .splits import Counts, Splits, chunk_counts, row_totals
 
@@ -52,25 +53,29 @@ class HierarchicalSplits(Splits):
     @cached_property
     def back_between(self) -> Phase:
         """Between nodes, back."""
-        return Phase(transposed(self._received_NL), transposed(self._relayed_LN))
+        return Phase(transposed(self._received_NL), transposed(self._relayed_LN), aligned=True)
 
     @cached_property
     def back(self) -> Phase:
         """Inside the node, back: to rows by (place, node) of the destination."""
-        return Phase(transposed(self._relayed_LN), self.sent_LN)
+        return Phase(transposed(self._relayed_LN), self._sent_LN)
 
     @cached_property
-    def sent_LN(self) -> Counts:
-        """Rows to each (place, node)."""
+    def align_back(self) -> Alignment:
+        """Back, in the end: from rows by (place, node) of the destination to those by (node, place)."""
+        return Alignment(self._sent_LN)
+
+    @cached_property
+    def _sent_LN(self) -> Counts:
         return transposed(self._sent_NL)
 
     @cached_property
     def _sent_NL(self) -> Counts:
-        return _grid(self.send_rows, len(self.relayed))
+        return _grid(self.forward.send, len(self.relayed))
 
     @cached_property
     def _received_NL(self) -> Counts:
-        return _grid(self.receive_rows, len(self.relayed))
+        return _grid(self.forward.receive, len(self.relayed))
 
     @cached_property
     def _relayed_LN(self) -> Counts:
@@ -90,25 +95,47 @@ class Phase:
     Args:
         sent_AB: of the rows as they lie, which are sent by b after they are brought into order of (b, a).
         received_BA: of those that arrive, by b.
-
-    Attributes:
-        sizes: `sent_AB`.
-        send, receive: rows to and from each b.
-        arriving: rows that arrive.
+        aligned: the rows lie in order of (b, a) already.
     """
 
-    def __init__(self, sent_AB: Counts, received_BA: Counts) -> None:
-        self.sizes = sent_AB
-        self.send, self.receive = row_totals(transposed(sent_AB)), row_totals(received_BA)
-        self.arriving = sum(self.receive)
+    def __init__(self, sent_AB: Counts, received_BA: Counts, *, aligned: bool = False) -> None:
+        self._align = None if aligned else Alignment(sent_AB)
+        send = row_totals(transposed(sent_AB)) if self._align is None else self._align.send
+        self._parts = Parts(send, row_totals(received_BA))
 
-    def start(
-        self, group: Group, rows: Tensor, chunk: int, *, aligned: bool = False
-    ) -> tuple[Tensor, Pending]:
-        """Send rows, as they lie if they are `aligned` already: (those that will arrive, work)."""
-        arriving = rows.new_empty(self.arriving, *rows.shape[1:])
-        source = rows if aligned else align(rows, self.sizes)
-        return arriving, group.exchange(arriving, source, self.receive, self.send, chunk)
+    def start(self, group: Group, rows: Tensor, chunk: int) -> tuple[Tensor, Pending]:
+        """Send rows: (those that will arrive, work)."""
+        arriving = rows.new_empty(self._parts.arriving, *rows.shape[1:])
+        source = rows if self._align is None else self._align(rows)
+        return arriving, group.exchange(arriving, source, self._parts, chunk)
+
+
+class Alignment:
+    """Segments in order of (a, b) brought into that of (b, a).
+
+    Args:
+        sizes_AB: rows of each segment.
+
+    Attributes:
+        send: how many of the first dimension of the result are for each b.
+    """
+
+    def __init__(self, sizes_AB: Counts) -> None:
+        self._shape = len(sizes_AB), len(sizes_AB[0])
+        self._sizes = [size for row in sizes_AB for size in row]
+        self._lie_so = 1 in self._shape
+        self._equal = not self._lie_so and min(self._sizes) == max(self._sizes)
+        self.send = [1] * self._shape[1] if self._equal else row_totals(transposed(sizes_AB))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The rows in the other order; a strided view (b, a, size, ...) of them where all sizes are equal."""
+        first, second = self._shape
+        if self._lie_so:
+            return rows
+        if self._equal:
+            return rows.reshape(first, second, self._sizes[0], *rows.shape[1:]).transpose(0, 1)
+        segments = rows.split(self._sizes)
+        return torch.cat([segments[a * second + b] for b in range(second) for a in range(first)])
 
 
 class Hierarchical(AllToAll):
@@ -149,11 +176,9 @@ class Hierarchical(AllToAll):
         nodes, places = self.between.size, self.inside.size
         message_NLV = message_PV.view(nodes, places, -1)
         relayed_LNV = torch.empty_like(message_NLV.transpose(0, 1), memory_format=torch.contiguous_format)
-        one_each = [1] * places
-        self.inside.exchange(relayed_LNV, message_NLV.transpose(0, 1), one_each, one_each).wait()
+        self.inside.exchange(relayed_LNV, message_NLV.transpose(0, 1), one_each(places)).wait()
         received_NLV = torch.empty_like(message_NLV)
-        one_each = [1] * nodes
-        self.between.exchange(received_NLV, relayed_LNV.transpose(0, 1), one_each, one_each).wait()
+        self.between.exchange(received_NLV, relayed_LNV.transpose(0, 1), one_each(nodes)).wait()
         received = received_NLV.view_as(message_PV).tolist()
         splits = HierarchicalSplits(
             [row[header:] for row in message_PV.tolist()],
@@ -187,18 +212,22 @@ class Hierarchical(AllToAll):
     def _forth(self, wire: Tensor, part: HierarchicalSplits, chunk: int) -> Phases:
         """From rows by (node, place) of the destination to rows by (node, place) of the source."""
         relayed, pending = part.forth.start(self.inside, wire, chunk)
+        del wire  # what is under way, `pending` holds
         yield pending
         output, pending = part.forth_between.start(self.between, relayed, chunk)
+        del relayed
         yield pending
         return output
 
     def _back(self, wire: Tensor, part: HierarchicalSplits, chunk: int) -> Phases:
         """The same backwards."""
-        relayed, pending = part.back_between.start(self.between, wire, chunk, aligned=True)
+        relayed, pending = part.back_between.start(self.between, wire, chunk)
+        del wire
         yield pending
         output, pending = part.back.start(self.inside, relayed, chunk)
+        del relayed
         yield pending
-        return align(output, part.sent_LN)
+        return part.align_back(output).reshape(output.shape)
 
 
 class _Exchange:
@@ -232,16 +261,3 @@ def _grid(totals_P: list[int], places: int) -> Counts:
 def transposed(counts_AB: Counts) -> Counts:
     """Counts by (b, a)."""
     return [list(column) for column in zip(*counts_AB, strict=True)]
-
-
-def align(rows: Tensor, sizes_AB: Counts) -> Tensor:
-    """Segments in order of (a, b) brought into that of (b, a): one strided copy where all are equal."""
-    first, second = len(sizes_AB), len(sizes_AB[0])
-    if first == 1 or second == 1:
-        return rows
-    sizes = [size for row in sizes_AB for size in row]
-    if min(sizes) == max(sizes):
-        blocks = rows.reshape(first, second, sizes[0], *rows.shape[1:])
-        return blocks.transpose(0, 1).reshape(rows.shape)
-    segments = rows.split(sizes)
-    return torch.cat([segments[a * second + b] for b in range(second) for a in range(first)])

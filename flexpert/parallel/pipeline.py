@@ -117,15 +117,15 @@ def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * len(ctx.leaves)
     returning = []
     for chunk in chunks:
-        arrived_RD, y_RO = ctx.chunks[chunk]
+        (arrived_RD, y_RO), ctx.chunks[chunk] = ctx.chunks[chunk], None
         with phase("dispatch wait"):
-            grad_RO = sent[chunk].wait()
+            grad_RO, sent[chunk] = sent[chunk].wait(), None
         with _span("experts backward", chunk):
             grad_RD, *of_leaves = _differentiate(y_RO, grad_RO, arrived_RD, ctx.leaves)
-        ctx.chunks[chunk] = None  # its memory is free now
         gradients = [_add(a, b) for a, b in zip(gradients, of_leaves, strict=True)]
         if grad_RD is not None:
             returning.append(exchange.start(grad_RD, chunk, reverse=True))
+        del arrived_RD, y_RO, grad_RO, grad_RD  # nothing else holds them while the next chunk is computed
     with phase("combine wait"):
         back = [rows.wait() for rows in returning]
     grad_ND = _put(exchange.routes, ctx.index, back, ctx.num_rows, ctx.dtype) if back else None

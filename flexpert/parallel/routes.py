@@ -53,7 +53,7 @@ class Routes:
         if chunk not in self._arrived:
             received = self.splits.received
             if self.degree == 1 and received and len(received[0]) == 1:  # of one expert: they lie grouped
-                total = self.splits.num_received
+                total = self.splits.forward.arriving
                 self._arrived[chunk] = torch.arange(total), torch.tensor([total])
                 return self._arrived[chunk]
             _, counts_Pe = chunk_of(torch.tensor(self.splits.received), chunk, self.degree)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from flexpert.core.errors import InputError
 
+from .parts import Parts
+
 Counts = list[list[int]]
 Rows = TypeVar("Rows", int, Tensor)
 
@@ -41,24 +43,14 @@ class Splits:
         return self._chunks[chunk, degree]
 
     @cached_property
-    def send_rows(self) -> list[int]:
-        """Rows to each rank, all classes together."""
-        return row_totals(self.sent)
+    def forward(self) -> Parts:
+        """Rows to and from each rank, all classes together."""
+        return Parts(row_totals(self.sent), row_totals(self.received))
 
     @cached_property
-    def receive_rows(self) -> list[int]:
-        """Rows from each rank, all classes together."""
-        return row_totals(self.received)
-
-    @cached_property
-    def num_sent(self) -> int:
-        """All rows that are sent."""
-        return sum(self.send_rows)
-
-    @cached_property
-    def num_received(self) -> int:
-        """All rows that are received."""
-        return sum(self.receive_rows)
+    def reverse(self) -> Parts:
+        """Those of the way back."""
+        return Parts(self.forward.receive, self.forward.send)
 
     @cached_property
     def _chunks(self) -> dict[tuple[int, int], Splits]:

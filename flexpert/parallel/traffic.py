@@ -26,6 +26,9 @@ class Counter:
     messages: int = 0
 
 
+Links = tuple[Counter, Counter]  # inside the node, between nodes
+
+
 class Traffic:
     """Counters of what this rank has sent inside its node and between nodes, by operation.
 
@@ -34,16 +37,17 @@ class Traffic:
     """
 
     def __init__(self) -> None:
-        self.by_operation: dict[str, tuple[Counter, Counter]] = defaultdict(lambda: (Counter(), Counter()))
+        self.by_operation: dict[str, Links] = defaultdict(lambda: (Counter(), Counter()))
 
     def add(self, operation: str, bytes_P: Sequence[int], rank: int, node_of: Sequence[int]) -> None:
         """Count one message of `bytes_P[p]` bytes to each position p but `rank`, where that is not 0."""
-        inside, between = self.by_operation[operation]
-        for position, size in enumerate(bytes_P):
-            if size and position != rank:
-                counter = inside if node_of[position] == node_of[rank] else between
-                counter.bytes += size
-                counter.messages += 1
+        self.add_rows(operation, by_link(bytes_P, rank, node_of), 1)
+
+    def add_rows(self, operation: str, rows: Links, row_bytes: int) -> None:
+        """Count messages of rows of so many bytes."""
+        for counter, sent in zip(self.by_operation[operation], rows, strict=True):
+            counter.bytes += sent.bytes * row_bytes
+            counter.messages += sent.messages if row_bytes else 0
 
     @property
     def inside(self) -> int:
@@ -68,3 +72,14 @@ class Traffic:
             }
             for operation, counters in self.by_operation.items()
         }
+
+
+def by_link(bytes_P: Sequence[int], rank: int, node_of: Sequence[int]) -> Links:
+    """What a message of `bytes_P[p]` bytes to each position p but `rank` sends over each kind of link."""
+    links = Counter(), Counter()
+    for position, size in enumerate(bytes_P):
+        if size and position != rank:
+            counter = links[node_of[position] != node_of[rank]]
+            counter.bytes += size
+            counter.messages += 1
+    return links

@@ -64,6 +64,18 @@ class Durations:
         time_P = torch.tensor(times, dtype=torch.float64)[inverse].sum(1)
         return self.uneven(time_P.repeat(shape.replicas))
 
+    def sending(self, shape: LayerShape, algorithm: str) -> float:
+        """Processor time of an exchange's messages where ranks share processors; else the links' alone, 0."""
+        machine, local = self.machine, shape.grid.places_per_node() or 1
+        if machine.processors is None or shape.ranks == 1:
+            return 0.0
+        inside, between = machine.inside.per_message, machine.between.per_message
+        start = machine.overheads.collective
+        if algorithm == "linear":
+            return self.flat(start + (local - 1) * inside + (shape.ranks - local) * between)
+        nodes = shape.ranks // local
+        return self.flat(2 * start + (local - 1) * inside + (nodes - 1) * between + machine.overheads.relay)
+
     def exchange(
         self, shape: LayerShape, there: Transfer, back: Transfer, algorithm: str, fraction: float
     ) -> list[Stage]:
@@ -82,7 +94,7 @@ class Durations:
             longest_W = torch.maximum(wire_W, between_W).clamp(min=self.flat(messages))
             return [Stage(start + latency + longest_W, replica_W)]
         # Aligned before each of the two stages: every byte is read and written.
-        copied_W = (there.inside_W + there.between_W) * fraction * 2 / machine.memory_bandwidth
+        copied_W = (there.inside_W + there.between_W) * self.copies(2 * fraction)
         first = self.flat((local - 1) * machine.inside.per_message)
         second = self.flat((nodes - 1) * machine.between.per_message)
         inner_W = start + machine.inside.latency + copied_W + wire_W.clamp(min=first)

@@ -81,6 +81,8 @@ class LayerCall:
         """All chunks set out; each is computed when it is there, and sent back when it is computed."""
         durations, overheads = self.durations, self.machine.overheads
         each = overheads.row_backward if backward else overheads.row
+        if self.plan.r > 1 or (self.plan.r == 1 and self.chunks > 1):  # rows are picked one by one
+            each += self.plan.r * (overheads.cut_backward if backward else overheads.cut)
         copies = (
             durations.flat(each * self.row_bytes) / 2
         )  # half of it on the way there, half on the way back
@@ -95,16 +97,24 @@ class LayerCall:
             if chunk:
                 issue = overheads.chunk_backward if backward else overheads.chunk
                 clocks.compute("chunks", durations.flat(issue), chunk=chunk)
+            self._issue(clocks, chunk)
             sent.append(clocks.send("dispatch", out, chunk=chunk))
         interference = 2 - self.machine.overlap if self.chunks > 1 else 1.0
         seconds_W = self._experts(backward)
         for chunk in chunks:
             clocks.wait(sent[chunk])
             clocks.compute("experts", seconds_W, chunk=chunk, interference=interference)
+            self._issue(clocks, chunk)
             returning.append(clocks.send("combine", home, chunk=chunk))
         for chunk in chunks:
             clocks.wait(returning[chunk])
         clocks.compute("decode", copies)
+
+    def _issue(self, clocks: Clocks, chunk: int) -> None:
+        """What an exchange's messages take of a processor that ranks share: nothing is computed meanwhile."""
+        seconds = self.durations.sending(self.shape, self.plan.algorithm)
+        if seconds:
+            clocks.compute("messages", seconds, chunk=chunk)
 
     @cache  # noqa: B019 - of one simulated step; it goes with the call
     def _experts(self, backward: bool) -> torch.Tensor:

@@ -131,9 +131,9 @@ class Model:
             raise ConfigError("model: blocks is empty, expected a block at least")
 
     @property
-    def moe_blocks(self) -> list[Block]:
-        """Those with experts."""
-        return [block for block in self.blocks if block.experts is not None]
+    def expert_parts(self) -> list[ExpertPart]:
+        """The experts of the blocks that have some."""
+        return [block.experts for block in self.blocks if block.experts is not None]
 
     @property
     def num_experts(self) -> int:

@@ -9,7 +9,7 @@ my_model.yaml           kind: layer | swinv2-moe-small | language | blocks, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexpert.core.config import require_int
 from flexpert.core.errors import ConfigError, FlexpertError
@@ -17,6 +17,9 @@ from flexpert.core.registry import check_options, keyword_names, suggest
 
 from .describe import split_file, split_text
 from .model import Block, ExpertPart, Model
+
+if TYPE_CHECKING:
+    from flexpert.models.swinv2_moe_config import SwinV2MoEConfig
 
 
 def parse_model(text: str) -> Model:
@@ -174,9 +177,10 @@ def swinv2_moe(size: str = "base", *, dtype: str = "float16", **settings: Any) -
     except ImportError:
         raise FlexpertError("SwinV2-MoE needs transformers: pip install 'flexpert[vision]'") from None
     config = preset(size, **settings)
-    side = config.image_size // config.patch_size
+    pixels, patch_side = (_square(name, getattr(config, name)) for name in ("image_size", "patch_size"))
+    side, labels = pixels // patch_side, config.num_labels or 0
     places = set(config.moe_places())
-    patch = config.num_channels * config.patch_size**2
+    patch = config.num_channels * patch_side**2
     blocks = [
         Block(
             name="patches", tokens=side**2, width=patch, params=(patch + 3) * config.embed_dim,
@@ -197,17 +201,26 @@ def swinv2_moe(size: str = "base", *, dtype: str = "float16", **settings: Any) -
                     flops=2 * merge, activations=6 * dim,
                 )
             )  # fmt: skip
-    classes = dim * config.num_labels
+    classes = dim * labels
     blocks.append(
         Block(
-            name="head", tokens=1, width=dim, params=classes + config.num_labels + 2 * dim, flops=2 * classes,
-            activations=2 * config.num_labels,
+            name="head", tokens=1, width=dim, params=classes + labels + 2 * dim, flops=2 * classes,
+            activations=2 * labels,
         )
     )  # fmt: skip
     return Model(name=f"swinv2-moe-{size}", blocks=tuple(blocks), sample="image", dtype=dtype)
 
 
-def _swin_block(config: Any, stage: int, index: int, tokens: int, window: int, moe: bool) -> Block:
+def _square(name: str, size: int | list[int] | tuple[int, int]) -> int:
+    """The one number of a square's side."""
+    if not isinstance(size, int):
+        raise ConfigError(f"{name}={size}: the simulator counts square images; give one number")
+    return size
+
+
+def _swin_block(
+    config: SwinV2MoEConfig, stage: int, index: int, tokens: int, window: int, moe: bool
+) -> Block:
     dim, heads = config.embed_dim * 2**stage, config.num_heads[stage]
     hidden = int(config.mlp_ratio * dim)
     attention, mlp = 4 * dim * dim, 2 * dim * hidden

@@ -38,7 +38,13 @@ def timeline(step: Step, path: Path) -> None:
 
 
 def curves(
-    lines: Mapping[str, Mapping[float, float]], path: Path, *, x: str, y: str, title: str, log: bool = True
+    lines: Mapping[str, Mapping[int, float]] | Mapping[str, Mapping[float, float]],
+    path: Path,
+    *,
+    x: str,
+    y: str,
+    title: str,
+    log: bool = True,
 ) -> None:
     """Draw one curve per name over numbers of ranks or bytes, as PNG.
 

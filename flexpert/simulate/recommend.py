@@ -212,8 +212,8 @@ def _meshes(model: Model, cluster: Cluster) -> list[JobPlan]:
             plan = JobPlan(replicas=ranks // size)
             try:
                 mesh_shape(model.num_experts, ranks, plan.replicas)
-                for block in model.moe_blocks:
-                    layer_shape(model, block.experts, cluster, plan)  # type: ignore[arg-type]
+                for experts in model.expert_parts:
+                    layer_shape(model, experts, cluster, plan)
             except ConfigError:
                 continue  # experts and ranks that do not divide each other
             found.append(plan)
@@ -223,8 +223,8 @@ def _meshes(model: Model, cluster: Cluster) -> list[JobPlan]:
 
 
 def _legal_r(model: Model, cluster: Cluster, mesh: JobPlan) -> list[int]:
-    parts = [block.experts for block in model.moe_blocks]
-    if not parts or parts[0] is None:
+    parts = model.expert_parts
+    if not parts:
         return [1]
     legal = layer_shape(model, parts[0], cluster, mesh).legal_r
     # With whole experts on each rank r = 0 gathers what r = 1 sends no row for; S and 1 bracket the others.
@@ -233,8 +233,8 @@ def _legal_r(model: Model, cluster: Cluster, mesh: JobPlan) -> list[int]:
 
 def _executions(model: Model, cluster: Cluster, plan: JobPlan) -> Iterator[JobPlan]:
     """The plan with every execution plan that its layers can run."""
-    parts = [block.experts for block in model.moe_blocks]
-    if not parts or parts[0] is None:
+    parts = model.expert_parts
+    if not parts:
         return
     legal = _legal_r(model, cluster, plan)
     for execution in candidates(layer_shape(model, parts[0], cluster, plan)):
@@ -265,7 +265,7 @@ def _sensitivity(
     }
     if any(block.experts and block.experts.capacity_factor for block in model.blocks):
         cases["capacity factor x 2"] = lambda: (_with_double_capacity(model), cluster, batch)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, make in cases.items():
         ranked, refused = search(*make(), traffic)
         if not ranked:

@@ -63,8 +63,7 @@ def naive_moe(
     Raises:
         InputError: a router or experts that the loops do not know.
     """
-    router = layer.router
-    _check(router)
+    router = _known(layer.router)
     context = (context or RoutingContext()).with_overrides(top_k, capacity_factor).for_tokens(x.shape[:-1])
     x_TD = x.reshape(-1, x.shape[-1])
     tokens = range(len(x_TD))
@@ -95,12 +94,13 @@ def naive_moe(
     )
 
 
-def _check(router: nn.Module) -> None:
+def _known(router: nn.Module) -> TokenChoiceRouter:
     kinds = (LinearRouter, CosineRouter, HashRouter)
     if not isinstance(router, kinds) or not isinstance(router.selection, TopK):
         raise InputError(f"{type(router).__name__}: the loops know top-k by a linear, cosine or hash score")
     if router.training and (router.gate_noise or router.input_jitter or router.noise_weight is not None):
         raise InputError("the loops draw no noise: call layer.eval() before")
+    return router
 
 
 def _logits(router: nn.Module, x_D: Tensor, context: RoutingContext, t: int) -> Tensor:
@@ -190,13 +190,14 @@ def _keep(
     factor = pick(context.capacity_factor, router.capacity_factor)
     size = len(chosen) // context.num_groups
     top_k = len(_positions(router, context))
+    best = [0.0 if score is None else float(score.detach().max()) for score in scores]
     for group in range(context.num_groups):
         members = [t for t in range(group * size, (group + 1) * size) if real[t]]
         limit = math.inf
         if factor:
             limit = top_k * max(1, int(abs(factor) * math.ceil(len(members) / router.num_experts)))
         if router.batch_prioritized:
-            members.sort(key=lambda t: -float(scores[t].detach().max()))  # type: ignore[union-attr]
+            members.sort(key=lambda t: -best[t])
         taken = [0] * router.num_experts
         for choice in range(router.num_experts):
             for t in (t for t in members if choice < len(chosen[t])):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -52,8 +53,10 @@ def filters_now() -> list[Filter]:
     ]
 
 
-def _text(pattern: Any) -> str:
-    return "" if pattern is None else getattr(pattern, "pattern", pattern)
+def _text(pattern: re.Pattern[str] | str | None) -> str:
+    if pattern is None:
+        return ""
+    return pattern if isinstance(pattern, str) else pattern.pattern
 
 
 def serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:

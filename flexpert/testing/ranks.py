@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class RankPool:
         if world_size < 1:
             raise ConfigError(f"world_size={world_size}; at least one rank is needed")
         self.world_size = world_size
-        self._processes: list[Any] = []
+        self._processes: list[BaseProcess] = []
         self._pipes: list[connection.Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._calls = 0
@@ -161,8 +162,9 @@ class RankPool:
     def _doing(self, rank: int) -> str:
         """The tracebacks of a rank's threads at this moment."""
         assert self._folder is not None
-        log = _log(self._folder.name, rank)
-        os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        log, pid = _log(self._folder.name, rank), self._processes[rank].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGUSR1)
         deadline = time.monotonic() + GRACE
         while not (text := log.read_text(encoding="utf-8")) and time.monotonic() < deadline:
             time.sleep(0.05)

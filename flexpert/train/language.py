@@ -18,7 +18,7 @@ from flexpert.models.moe_lm_config import language_preset
 
 from .config import TrainConfig
 from .model_task import ModelTask
-from .parallel import OneRank
+from .one_rank import OneRank
 from .text import TextBatches, load_python_source, windows_at
 
 HELD_OUT_WINDOWS = 512  # at most; spread evenly over the held-out text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,16 @@ import torch
 
 from flexpert.balancers import BiasBalancer
 from flexpert.core.errors import FlexpertError
-from flexpert.monitor.metrics import MetricsWriter, describe_routing
+from flexpert.monitor.metrics import MetricsWriter
 
 from .checkpoint import latest_checkpoint
 from .config import TrainConfig
-from .parallel import OneRank
+from .lines import Clock, MetricsLines, Report
+from .one_rank import OneRank
 from .saver import CheckpointSaver
 from .schedule import warmup_cosine
 from .state import collect_state, restore_checkpoint
 from .task import StepResult, Task
-
-Report = Callable[[dict[str, Any]], None]
 
 
 def total_steps(task: Task, config: TrainConfig) -> int:
@@ -61,9 +58,8 @@ def fit(
     start, before = _resume(task, optimizer, folder, ranks)
     if writer is not None:
         writer.rewind(start)
-    total = total_steps(task, config)
-    began = time.perf_counter()
-    mark = (start, began)
+    total, clock = total_steps(task, config), Clock(before)
+    lines = MetricsLines(task, ranks, clock, start, total, writer, report)
     saving = CheckpointSaver(folder / "checkpoints", asynchronous=config.checkpoint_async)
     with saving as saver, ranks.timed(task.model, optimizer) as stragglers:
         for step in range(start, total):
@@ -74,32 +70,13 @@ def fit(
                 balancer.step(ranks.total)
             done = step + 1
             if done % config.log_every == 0 or done == total:
-                now = time.perf_counter()
-                slow = stragglers.figures()
-                with stragglers.paused():
-                    line = _line(
-                        ranks.figures(result),
-                        done=done,
-                        total=total,
-                        seconds=round(before + now - began, 3),
-                        lr=optimizer.param_groups[0]["lr"],
-                        tokens_per_second=round(task.tokens_per_step * (done - mark[0]) / (now - mark[1]), 1),
-                        ranks=ranks.world.size,
-                        **ranks.traffic(done - mark[0]),
-                        **slow,
-                    )
-                    if writer is not None:
-                        writer.write(done, line)
-                        report(line)
-                mark = (done, now)
+                lines.add(done, result, optimizer.param_groups[0]["lr"], stragglers)
             if done % config.checkpoint_every == 0 or done == total:
-                seconds = before + time.perf_counter() - began
-                state: dict[str, Any] = {"seconds": seconds, "config": config.to_dict()}
-                state |= {} if (known := ranks.tuning.state()) is None else {"tuner": known}
+                state = _state(config, ranks, clock.seconds())
                 with stragglers.paused():
                     saver.save(done, collect_state(task.model, optimizer), state)
     ranks.tuning.finish()
-    return before + time.perf_counter() - began
+    return clock.seconds()
 
 
 def _balancer(task: Task, config: TrainConfig) -> BiasBalancer | None:
@@ -118,6 +95,12 @@ def _resume(task: Task, optimizer: torch.optim.Optimizer, folder: Path, ranks: O
     checkpoint = restore_checkpoint(Path(path), task.model, optimizer)
     ranks.tuning.begin(folder, checkpoint.step, checkpoint.state.get("tuner"))
     return checkpoint.step, float(checkpoint.state.get("seconds", 0.0))
+
+
+def _state(config: TrainConfig, ranks: OneRank, seconds: float) -> dict[str, Any]:
+    """What a checkpoint keeps besides tensors."""
+    known = ranks.tuning.state()
+    return {"seconds": seconds, "config": config.to_dict(), **({} if known is None else {"tuner": known})}
 
 
 def _step(
@@ -148,15 +131,3 @@ def _step(
         )
     optimizer.step()
     return StepResult.merged(results)
-
-
-def _line(result: StepResult, *, done: int, total: int, **figures: Any) -> dict[str, Any]:
-    """One line of metrics."""
-    return {
-        "step": done,
-        "steps": total,
-        **figures,
-        "loss": float(result.loss),
-        **{name: float(value) for name, value in result.metrics.items()},
-        **describe_routing(result.stats),
-    }

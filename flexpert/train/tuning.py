@@ -26,6 +26,7 @@ from flexpert.tune import (
     digest_of,
 )
 from flexpert.tune.calibrate import calibrate, store, stored
+from flexpert.tune.one_rank import plain
 
 _log = logging.getLogger("flexpert")
 
@@ -79,7 +80,8 @@ class Tuning:
         }
         known = set(self.tuner.layers)
         legal = {*next(iter(self.tuner.layers.values())).plans, ExecutionPlan()}  # ranks may be others now
-        if all(plans.keys() == known and set(plans.values()) <= legal for plans in replay.values()):
+        ran = {plain(plan) for plans in replay.values() for plan in plans.values()}
+        if all(plans.keys() == known for plans in replay.values()) and ran <= legal:
             self.tuner.replay = replay
 
     def step(self, number: int) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from .config import TrainConfig
 from .data import load_fashion_mnist
 from .images import ImageBatches
 from .model_task import ModelTask
-from .parallel import OneRank
+from .one_rank import OneRank
 
 
 class VisionTask(ModelTask):

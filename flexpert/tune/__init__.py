@@ -4,10 +4,11 @@ from .attach import attach, cost_of, dictionary_path, digest_of, place_of
 from .bucket import Bucket
 from .cost import Cost, candidates, predict
 from .dictionary import Dictionary
+from .limits import Limits
 from .log import PlanLog
 from .machine import Link, Machine, Overheads, Rate
-from .search import Limits
-from .tuner import Tuner, TunerSettings
+from .settings import TunerSettings
+from .tuner import Tuner
 from .workload import LayerShape, Workload
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,7 +27,8 @@ from .cost import Predictor, candidates
 from .dictionary import Dictionary
 from .gather import Gatherer
 from .machine import Machine
-from .tuner import CostFunction, TunedLayer, Tuner
+from .propose import CostFunction, TunedLayer
+from .tuner import Tuner
 from .workload import DTYPES, LayerShape, Workload
 
 
@@ -97,6 +99,7 @@ def attach(
     group = mesh.extra_group("tuner")
     ranks = Ranks(group.process_group)
     place = ranks.share(place)[0]  # that of the first rank: hosts may differ in what they tell of themselves
+    layers = _with_common_kernels(ranks, layers)
     sizes = {name: layer.shape.num_experts for name, layer in layers.items()}
     tuner.connect(layers, place, Gatherer(group, sizes))
     if dictionary is not None:
@@ -198,9 +201,22 @@ def _tuned(
         return None
     _, shape, place, bank = found
     if not isinstance(transport, LocalTransport):
-        return TunedLayer(shape, place, tuple(p for p in candidates(shape) if _runs(transport, experts, p)))
+        plans = [plan for plan in candidates(shape) if _runs(transport, experts, plan)]
+        _, *others = bank.kernels(DTYPES[shape.dtype])
+        return TunedLayer(shape, place, tuple(plans), tuple(others))
     plans = one_rank.plans_of(transport, experts, bank, DTYPES[shape.dtype])
     return TunedLayer(shape, place, tuple(plans)) if len(plans) > 1 else None
+
+
+def _with_common_kernels(ranks: Ranks, layers: dict[str, TunedLayer]) -> dict[str, TunedLayer]:
+    """The layers with the kernels that every rank has for them; a rank may lack a compiler, for example."""
+    everywhere = ranks.share({name: layer.kernels for name, layer in layers.items()})
+    return {
+        name: dataclasses.replace(
+            layer, kernels=tuple(k for k in layer.kernels if all(k in rank[name] for rank in everywhere))
+        )
+        for name, layer in layers.items()
+    }
 
 
 def _runs(transport: ExpertParallel, experts: Any, plan: ExecutionPlan) -> bool:

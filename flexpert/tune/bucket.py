@@ -58,6 +58,10 @@ class Bucket:
         size = abs(math.log2(self.rows + 1) - math.log2(other.rows + 1))
         return size + abs(self.skew - other.skew) + abs(self.capacity - other.capacity)
 
+    def within_twice(self, other: Bucket) -> bool:
+        """Whether neither has more than twice the rows of the other."""
+        return abs(math.log2(self.rows + 1) - math.log2(other.rows + 1)) <= 1
+
     def to_dict(self) -> dict[str, int]:
         """Plain data; `from_dict` is its inverse."""
         return {"rows": self.rows, "capacity": self.capacity, "skew": self.skew}

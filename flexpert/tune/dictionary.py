@@ -8,86 +8,22 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexpert.core.errors import ConfigError, FlexpertError
-from flexpert.core.plan import ExecutionPlan
 
 from .bucket import Bucket
-from .race import Race
-from .search import Candidate, Limits, Search
+from .entry import Entry
+from .limits import Limits
 from .workload import LayerShape
 
 FORMAT, VERSION = "flexpert tuner", 1
 Key = tuple[LayerShape, Bucket]
-
-
-def search_for(shape: LayerShape) -> type[Search]:
-    """How the plans of a layer are searched: on one rank they are few, and differ little."""
-    return Race if shape.world == 1 else Search
-
-
-@dataclass
-class Entry:
-    """One search and what became of it.
-
-    Attributes:
-        search: with its measurements.
-        retuned: how often the winner's time left its band and the search began anew.
-        updated: when it last changed, seconds since 1970.
-    """
-
-    search: Search
-    retuned: int = 0
-    updated: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, with what follows from it for a reader: winner, medians and the reason."""
-        search = self.search
-        times: dict[int, list[float]] = {}
-        for sample in search.samples:
-            times.setdefault(sample.candidate, []).append(sample.seconds)
-        return {
-            "winner": search.plan.to_dict(),
-            "settled": search.settled,
-            "why": search.why(),
-            "retuned": self.retuned,
-            "updated": self.updated,
-            "candidates": [
-                {"plan": c.plan.to_dict(), "predicted": c.predicted, "seconds": times.get(i, [])}
-                for i, c in enumerate(search.candidates)
-            ],
-            "hints": [plan.to_dict() for plan in search.hints],
-            "samples": [[s.candidate, s.seconds, s.context] for s in search.samples],
-        }
-
-    @classmethod
-    def from_dict(
-        cls, data: Mapping[str, Any], limits: Limits | None = None, kind: type[Search] = Search
-    ) -> Entry:
-        """An entry from plain data; only what cannot be derived is read."""
-        found = [
-            Candidate(ExecutionPlan.from_dict(c["plan"]), _number(c["predicted"])) for c in data["candidates"]
-        ]
-        hints = [ExecutionPlan.from_dict(plan) for plan in data["hints"]]
-        search = kind(found, limits, hints, first=found[0].plan)
-        for place, seconds, context in data["samples"]:
-            if not 0 <= place < len(found):
-                raise ConfigError(f"a sample of candidate {place!r} of {len(found)}")
-            search.record(found[place].plan, _number(seconds), int(context))
-        return cls(search, int(data["retuned"]), _number(data["updated"]))
-
-    def rank(self) -> tuple[bool, float, int, str]:
-        """Of two entries for one key the greater is kept: settled before not, then the newer one."""
-        return self.search.settled, self.updated, len(self.search.samples), json.dumps(self.to_dict())
 
 
 class Dictionary:
@@ -113,14 +49,19 @@ class Dictionary:
             if own is None or own.rank() < entry.rank():
                 self.entries[key] = entry
 
-    def nearest(self, shape: LayerShape, bucket: Bucket) -> list[Search]:
-        """The searches of the two most similar buckets, of those that are over."""
+    def nearest(self, shape: LayerShape, bucket: Bucket) -> list[Entry]:
+        """The two most similar buckets of those whose search among plans is over."""
         known = [
-            (bucket.distance(b), b, e.search)
+            (bucket.distance(b), b, e)
             for (s, b), e in self.entries.items()
             if s == shape and e.search.settled
         ]
-        return [search for _, _, search in sorted(known, key=lambda k: k[:2])[:2]]
+        return [entry for _, _, entry in sorted(known, key=lambda k: k[:2])[:2]]
+
+    def lost_kernels(self, shape: LayerShape, bucket: Bucket) -> set[str]:
+        """Those that brought nothing in buckets with up to twice or half as many rows."""
+        alike = (e for (s, b), e in self.entries.items() if s == shape and bucket.within_twice(b))
+        return {kernel for entry in alike for kernel in entry.lost()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is its inverse."""
@@ -156,7 +97,7 @@ class Dictionary:
             result = cls(data["place"], int(data["rows_per_bucket"]))
             for item in data["entries"]:
                 key = LayerShape.from_dict(item["shape"]), Bucket.from_dict(item["bucket"])
-                result.entries[key] = Entry.from_dict(item, limits, search_for(key[0]))
+                result.entries[key] = Entry.from_dict(item, key[0], limits)
         except (LookupError, TypeError, ValueError, FlexpertError) as error:
             raise ConfigError(f"it is damaged ({type(error).__name__}: {error})") from error
         return result
@@ -222,24 +163,12 @@ class Dictionary:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
 
-    def touch(self, entry: Entry) -> None:
-        """Note that an entry changed now."""
-        entry.updated = round(time.time(), 3)
-
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.with_name(f"{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield  # closing the file gives the lock back
-
-
-def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{value!r} is no number")
-    if not math.isfinite(value):
-        raise ConfigError(f"{value!r} is not finite")
-    return float(value)
 
 
 def _text(shape: LayerShape) -> str:

@@ -6,6 +6,7 @@ import math
 import statistics
 
 BASE, WINDOW = 8, 5  # measurements that make the band, and whose median must lie in it
+BAND = 0.25  # relative change of the time that is one
 
 
 class Drift:

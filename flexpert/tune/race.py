@@ -7,7 +7,8 @@ import statistics
 
 from flexpert.core.plan import ExecutionPlan
 
-from .search import Search, Standing
+from .search import Search
+from .standing import Standing
 
 TOLERANCE = 0.03  # a plan that is not slower than the best by more is good enough
 LEAST_NOISE = 0.01  # relative error of one measurement that is assumed at least
@@ -48,6 +49,13 @@ class Race(Search):
             return None
         open_ = [i for i in range(len(self.candidates)) if self._is_open(standing, i)]
         return min(open_, key=lambda i: (len(standing.scores.get(i, [])), i), default=None)
+
+    def out(self) -> list[ExecutionPlan]:
+        """Plans that are known to bring nothing beside the best one."""
+        standing, best = self.standing, self.plan
+        measured = [i for i, scores in standing.scores.items() if scores]
+        plans = [self.candidates[i].plan for i in measured if not self._is_open(standing, i)]
+        return [plan for plan in plans if plan != best]
 
     def _is_open(self, standing: Standing, candidate: int) -> bool:
         """Whether a candidate may still be so much faster than the leader that it matters."""

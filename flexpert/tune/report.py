@@ -6,8 +6,10 @@ import statistics
 from typing import Any
 
 from .bucket import Bucket
-from .dictionary import Dictionary, Entry
-from .search import describe
+from .candidate import describe
+from .dictionary import Dictionary
+from .entry import Entry
+from .search import Search
 from .workload import LayerShape
 
 
@@ -34,8 +36,28 @@ def report(
 
 
 def bucket_report(shape: LayerShape, bucket: Bucket, entry: Entry, rows_per_bucket: int) -> dict[str, Any]:
-    """One bucket: its candidates by rank, and why the winner won."""
-    search, standing = entry.search, entry.search.standing
+    """One bucket: its candidates by rank, the kernels of the best of them, and why the winner won."""
+    search = entry.search
+    measured = {sample.candidate for sample in search.samples}
+    best = min(c.predicted for c in search.candidates)
+    return {
+        "layer": f"{shape.num_experts} experts {shape.model_dim} x {shape.hidden_dim}, {shape.expert_ranks} "
+        f"expert ranks x {shape.slices} slices x {shape.replicas} replicas",
+        "bucket": bucket.describe(rows_per_bucket),
+        "winner": describe(entry.plan),
+        "settled": entry.settled,
+        "trials": entry.trials,
+        "retuned": entry.retuned,
+        "worst_tried": max((search.candidates[i].predicted for i in measured), default=best) / best,
+        "why": entry.why(),
+        "candidates": _candidates(search),
+        "kernels": [] if entry.race is None else _candidates(entry.race),
+    }
+
+
+def _candidates(search: Search) -> list[dict[str, Any]]:
+    """A row for each, best first: what was predicted, and what was measured beside the first choice."""
+    standing, winner = search.standing, search.plan
     times: dict[int, list[float]] = {}
     for sample in search.samples:
         times.setdefault(sample.candidate, []).append(sample.seconds)
@@ -51,27 +73,12 @@ def bucket_report(shape: LayerShape, bucket: Bucket, entry: Entry, rows_per_buck
                 "measured": len(times.get(i, [])),
                 "against_first": standing.score(i) if known else None,
                 "half_width": search.half_width(len(scores)) if known else None,
-                "winner": candidate.plan == search.plan,
+                "winner": candidate.plan == winner,
             }
         )
-    tried = [c for i, c in enumerate(search.candidates) if i in times]
-    best = min(c.predicted for c in search.candidates)
-    return {
-        "layer": f"{shape.num_experts} experts {shape.model_dim} x {shape.hidden_dim}, {shape.expert_ranks} "
-        f"expert ranks x {shape.slices} slices x {shape.replicas} replicas",
-        "bucket": bucket.describe(rows_per_bucket),
-        "winner": describe(search.plan),
-        "settled": search.settled,
-        "trials": standing.trials,
-        "retuned": entry.retuned,
-        "worst_tried": max((c.predicted for c in tried), default=best) / best,
-        "why": search.why(),
-        "candidates": sorted(
-            rows, key=lambda row: (row["against_first"] is None, row["against_first"], row["predicted_ms"])
-        )
-        if len(rows) > 1
-        else rows,
-    }
+    return sorted(
+        rows, key=lambda row: (row["against_first"] is None, row["against_first"], row["predicted_ms"])
+    )
 
 
 def table(found: dict[str, Any], limit: int = 12) -> str:
@@ -82,17 +89,20 @@ def table(found: dict[str, Any], limit: int = 12) -> str:
         f"{found['bucket']} ({found['layer']})",
         f"  {found['winner']}: {found['why']} [{state}, {found['trials']} trials{again}]",
         f"  {'plan':<34}{'predicted ms':>13}{'step ms':>10}{'measured':>9}  against first choice",
+        *map(_line, found["candidates"][:limit]),
     ]
-    for row in found["candidates"][:limit]:
-        step = "-" if row["step_ms"] is None else f"{row['step_ms']:.1f}"
-        against = (
-            "" if row["against_first"] is None else f"{row['against_first']:+.3f} +- {row['half_width']:.3f}"
-        )
-        mark = "*" if row["winner"] else " "
-        lines.append(
-            f" {mark}{row['plan']:<34}{row['predicted_ms']:>13.2f}{step:>10}{row['measured']:>9}  {against}"
-        )
     more = len(found["candidates"]) - limit
     if more > 0:
         lines.append(f"  and {more} more that were not worth a trial, all predicted to be slower")
+    if found["kernels"]:
+        lines += ["  the best of them with each kernel:", *map(_line, found["kernels"])]
     return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    step = "-" if row["step_ms"] is None else f"{row['step_ms']:.1f}"
+    against = (
+        "" if row["against_first"] is None else f"{row['against_first']:+.3f} +- {row['half_width']:.3f}"
+    )
+    mark = "*" if row["winner"] else " "
+    return f" {mark}{row['plan']:<34}{row['predicted_ms']:>13.2f}{step:>10}{row['measured']:>9}  {against}"

@@ -11,90 +11,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from flexpert.core.errors import ConfigError
 from flexpert.core.plan import ExecutionPlan
 
+from .candidate import Candidate, describe
+from .limits import Limits
+from .standing import WINDOW, Sample, Standing, standing_of
+
 ROUNDS = (1, 2, 4)  # measurements that a plan needs to survive each round of the halving
-_WINDOW = 5  # of the leader's last measurements, against which a trial is judged
 _PER_R = 2  # measurements of each r that the search over r looks at
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan and the seconds that the model predicts for it."""
-
-    plan: ExecutionPlan
-    predicted: float
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A measurement: which candidate, seconds, and a number that says what else was the same."""
-
-    candidate: int
-    seconds: float
-    context: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How far a search may go.
-
-    Attributes:
-        trials: measurements of other plans than the leader.
-        worst: plans predicted to take more than that many times the best prediction are never run.
-        near: of plans with the best r, those predicted within that factor of the best of them are tried.
-        pool: at most so many of them.
-        noise: relative error of one measurement that is assumed at least.
-        confidence: standard errors that two plans must be apart to be told apart.
-
-    Raises:
-        ConfigError: a number out of range.
-    """
-
-    trials: int = 16
-    worst: float = 2.0
-    near: float = 1.3
-    pool: int = 6
-    noise: float = 0.03
-    confidence: float = 2.0
-
-    def __post_init__(self) -> None:
-        for name, least in (("trials", 0), ("worst", 1), ("near", 1), ("pool", 1), ("noise", 0)):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"limits: {name}={getattr(self, name)!r}, expected a number >= {least}")
-        if not self.confidence > 0:
-            raise ConfigError(f"limits: confidence={self.confidence!r}, expected a number > 0")
-
-
-@dataclass
-class Standing:
-    """What the measurements say.
-
-    Attributes:
-        leader: the candidate that runs where nothing is tried.
-        scores: of each tried candidate, log(its seconds / the seconds of the model's first choice), each from
-            a comparison with measurements of the leader around it.
-        level: the leader's own score.
-        window: log seconds of the leader's latest measurements.
-        trials: of other plans than the leader.
-        noise: relative error of one measurement.
-    """
-
-    leader: int = 0
-    level: float = 0.0
-    trials: int = 0
-    noise: float = 0.0
-    scores: dict[int, list[float]] = field(default_factory=dict)
-    window: list[float] = field(default_factory=list)
-
-    def score(self, candidate: int) -> float:
-        """The score of the leader, or of a candidate that was tried."""
-        if candidate == self.leader:
-            return self.level
-        return statistics.median(self.scores[candidate])
 
 
 class _WantedError(Exception):
@@ -162,7 +88,7 @@ class Search:
             if sample.candidate != standing.leader or sample.context != context:
                 break
             tail += 1
-        if tail > _WINDOW:
+        if tail > WINDOW:
             del self.samples[len(self.samples) - tail]
         self._standing = None
 
@@ -194,7 +120,7 @@ class Search:
     def standing(self) -> Standing:
         """What the measurements say so far."""
         if self._standing is None:
-            self._standing = _fold(self.samples, self.limits.noise)
+            self._standing = standing_of(self.samples, self.limits.noise)
         return self._standing
 
     def errors(self) -> dict[ExecutionPlan, float]:
@@ -207,7 +133,7 @@ class Search:
 
     def half_width(self, count: int) -> float:
         """Of the confidence interval of a score from so many measurements."""
-        return self.limits.confidence * self.standing.noise * math.sqrt(1 / max(count, 1) + 1 / _WINDOW)
+        return self.limits.confidence * self.standing.noise * math.sqrt(1 / max(count, 1) + 1 / WINDOW)
 
     def why(self) -> str:
         """Why the best plan is the best, in a sentence."""
@@ -302,60 +228,11 @@ class Search:
         return statistics.median(scores) - self.half_width(len(scores)) > standing.level
 
 
-def describe(plan: ExecutionPlan) -> str:
-    """A plan in a few words."""
-    more = "".join(f" {word}" for word in (plan.codec, plan.kernel) if word not in ("none", "auto"))
-    if plan.r == 0:
-        return f"r=0{more}"
-    return f"r={plan.r} degree={plan.degree} {plan.algorithm} {plan.capacity}{more}"
-
-
 def _ends(first_of: dict[int, int]) -> dict[int, int]:
     """Data parallel, if it may run, and the least and the most slices at work."""
     sliced = [r for r in first_of if r > 0]
     return {r: i for r, i in first_of.items() if r == 0 or r in (min(sliced), max(sliced))}
 
 
-def _fold(samples: Sequence[Sample], least_noise: float) -> Standing:
-    """Go through measurements in order."""
-    standing, context = Standing(), None
-    residuals: list[float] = []
-    for sample in samples:
-        value = math.log(sample.seconds)
-        if sample.context != context:
-            context, standing.window = sample.context, []
-        usual = statistics.median(standing.window) if standing.window else None
-        if sample.candidate == standing.leader:
-            if usual is not None:
-                residuals.append(abs(value - usual))
-            standing.window = [*standing.window, value][-_WINDOW:]
-            continue
-        standing.trials += 1
-        if usual is None:
-            continue
-        scores = standing.scores.setdefault(sample.candidate, [])
-        scores.append(value - usual + standing.level)
-        if len(scores) >= 2 and statistics.median(scores) < standing.level - least_noise / 2:
-            if standing.leader not in standing.scores:
-                standing.scores[standing.leader] = [standing.level] * 2
-            standing.leader, standing.level = sample.candidate, statistics.median(scores)
-            standing.window = []
-    spread = 1.4826 * statistics.median(residuals) if residuals else 0.0
-    standing.noise = max(least_noise, spread)
-    return standing
-
-
 def _percent(log_ratio: float) -> str:
     return f"{100 * math.expm1(abs(log_ratio)):.1f} %"
-
-
-def corrected(candidates: Sequence[Candidate], errors: dict[ExecutionPlan, float]) -> list[Candidate]:
-    """The candidates with the errors of a similar search taken out of their predictions.
-
-    Plans that were not measured there err as those with the same r did, in the median.
-    """
-    by_r: dict[int, list[float]] = {}
-    for plan, error in errors.items():
-        by_r.setdefault(plan.r, []).append(error)
-    usual = {r: statistics.median(values) for r, values in by_r.items()}
-    return [Candidate(c.plan, c.predicted * errors.get(c.plan, usual.get(c.plan.r, 1.0))) for c in candidates]

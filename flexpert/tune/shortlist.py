@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from flexpert.core.plan import ExecutionPlan
 
-from .search import Candidate
+from .candidate import Candidate
 
 _HOPELESS = 3.0  # times the best r: its variants will not make up for that
 _WORSE = 1.1  # times as long as with half the degree: more chunks will not help

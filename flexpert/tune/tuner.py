@@ -2,103 +2,34 @@
 
 A step's time is measured as a whole, not layer by layer. It is what one wants to be short; gathers of
 parameters, their gradients' sums and averages run outside of a layer's own forward and backward; and in a
-layer, the time of the rank that comes first is mostly waiting for the one that comes last. So that one step
-tells of one choice, only one bucket tries a plan at a time while all others keep theirs.
+layer, the time of the rank that comes first is mostly waiting for the one that comes last.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from flexpert.core.errors import ConfigError, DistributedError
 from flexpert.core.plan import ExecutionPlan
 from flexpert.core.recomputing import recomputing
 
-from .bucket import ROWS_PER_BUCKET, Bucket
-from .dictionary import Dictionary, Entry, Key, search_for
-from .drift import Drift
-from .gather import Gatherer, News, Seen
+from .candidate import describe
+from .choices import Choices, Step
+from .dictionary import Dictionary
+from .gather import Gatherer, Seen
 from .log import PlanLog, Plans
+from .propose import CostFunction, TunedLayer
 from .report import report
-from .search import Candidate, Limits, corrected, describe
-from .shortlist import shortlist
-from .workload import LayerShape, Workload
+from .settings import TunerSettings
 
 _log = logging.getLogger("flexpert")
 
-CostFunction = Callable[[LayerShape, ExecutionPlan, Workload], float]  # predicted seconds of a call
-_CALM, _SELDOM = 8, 4  # after so many sums that brought nothing new only every so many steps has one
-_FEW = 8  # plans, all of which are predicted
 _SKIPPED = 2  # first steps of a run, which allocate and warm up, are not measured
-
-
-@dataclass(frozen=True, kw_only=True)
-class TunerSettings:
-    """How the tuner goes about it.
-
-    Attributes:
-        rows_per_bucket: R: rows (and capacity) of a rank per bucket.
-        limits: of the search in one bucket.
-        share: of all steps that may be trials of other plans than the best known one, at most.
-        burst: trials that may run ahead of that share.
-        band: relative change of a settled plan's time after which its bucket is tuned anew.
-        deterministic: measure and try nothing: what the dictionary knows, else the model's first choice.
-
-    Raises:
-        ConfigError: a number out of range.
-    """
-
-    rows_per_bucket: int = ROWS_PER_BUCKET
-    limits: Limits = field(default_factory=Limits)
-    share: float = 0.2
-    burst: int = 10
-    band: float = 0.25
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        for name, valid, expected in (
-            ("rows_per_bucket", self.rows_per_bucket >= 1, "an integer >= 1"),
-            ("share", 0 <= self.share <= 1, "a share in 0..1"),
-            ("burst", self.burst >= 0, "an integer >= 0"),
-            ("band", self.band > 0, "a number > 0"),
-        ):
-            if not valid:
-                raise ConfigError(f"tuner: {name}={getattr(self, name)!r}, expected {expected}")
-
-
-@dataclass(frozen=True)
-class TunedLayer:
-    """A layer whose plans are chosen.
-
-    Attributes:
-        shape: of its largest bank.
-        experts: where that bank's experts are among the layer's.
-        plans: that it can run.
-    """
-
-    shape: LayerShape
-    experts: slice
-    plans: tuple[ExecutionPlan, ...]
-
-
-@dataclass
-class _Step:
-    """A step under way, or just over."""
-
-    plans: Plans
-    keys: dict[str, Key]
-    trial: Key | None
-    replayed: bool
-    seconds: float | None = None
 
 
 class Tuner:
@@ -130,19 +61,15 @@ class Tuner:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.settings = TunerSettings() if settings is None else settings
-        self.layers: dict[str, TunedLayer] = {}
-        self.dictionary = Dictionary({}, self.settings.rows_per_bucket)
         self.replay: dict[int, Plans] = {}
         self.log = log
-        self.steps = self.trials = 0
+        self.steps = 0
         self._cost, self._clock = cost, clock
         self._initial = ExecutionPlan() if initial is None else initial
         self._gatherer: Gatherer | None = None
-        self._known: dict[str, Seen] = {}
-        self._calm = 0  # sums in a row that brought nothing new
-        self._drifts: dict[Key, Drift] = {}
-        self._now: _Step | None = None
-        self._last: _Step | None = None
+        self._choices = self._choices_for({}, {})
+        self._now: Step | None = None
+        self._last: Step | None = None
         self._plans: Plans = {}
 
     def connect(self, layers: Mapping[str, TunedLayer], place: Mapping[str, Any], gatherer: Gatherer) -> None:
@@ -153,8 +80,7 @@ class Tuner:
         """
         if self._gatherer is not None:
             raise ConfigError("this tuner is attached to a model already; make one for each model")
-        self.layers, self._gatherer = dict(layers), gatherer
-        self.dictionary = Dictionary(place, self.settings.rows_per_bucket)
+        self._choices, self._gatherer = self._choices_for(layers, place), gatherer
         self._plans = dict.fromkeys(layers, self._initial)
 
     @contextmanager
@@ -171,8 +97,8 @@ class Tuner:
         if self._now is not None:
             raise ConfigError("tuner.step() inside tuner.step(): a step has no step in it")
         number = self.steps if number is None else number
-        self._gatherer.begin(self._calm < _CALM or self.steps % _SELDOM == 0)
-        self._now = self._choose(number)
+        self._gatherer.begin(self._choices.has_sum(self.steps))
+        self._now = self._choices.choose(self.steps, self._last, self.replay.get(number))
         self._plans.update(self._now.plans)
         if self.log is not None:
             self.log.write(number, self._plans, self._now.trial is not None)
@@ -182,7 +108,7 @@ class Tuner:
             self._now.seconds = self._clock() - begin if self.steps >= _SKIPPED else None
             news = self._gatherer.end(None if self._last is None else self._last.seconds)
             if news is not None:
-                self._learn(news)
+                self._choices.learn(news, self._last)
             self._last, self._now = self._now, None
             self.steps += 1
         except BaseException:
@@ -214,6 +140,18 @@ class Tuner:
         return report(self.dictionary, self.settings, self.steps, self.trials, list(self.layers))
 
     @property
+    def layers(self) -> dict[str, TunedLayer]:  # noqa: D102 - above
+        return self._choices.layers
+
+    @property
+    def dictionary(self) -> Dictionary:  # noqa: D102 - above
+        return self._choices.dictionary
+
+    @property
+    def trials(self) -> int:  # noqa: D102 - above
+        return self._choices.trials
+
+    @property
     def plans(self) -> Plans:
         """The plan of each layer in this step, or the last one."""
         return dict(self._plans)
@@ -240,13 +178,13 @@ class Tuner:
         """What a resumed run goes on with, as plain data (JSON)."""
         if self.log is not None:
             self.log.flush()
-        known = {name: [list(s.counts), s.capacity, s.tokens] for name, s in self._known.items()}
+        known = {n: [list(s.counts), s.capacity, s.tokens] for n, s in self._choices.known.items()}
         return {
             "dictionary": self.dictionary.to_dict(),
             "known": known,
             "steps": self.steps,
             "trials": self.trials,
-            "calm": self._calm,
+            "calm": self._choices.calm,
             "plans": {name: plan.to_dict() for name, plan in self._plans.items()},
         }
 
@@ -267,128 +205,12 @@ class Tuner:
         self.dictionary.merge(found)
         if state["known"].keys() != self.layers.keys():
             return
-        self._known = {name: Seen(tuple(c), cap, t) for name, (c, cap, t) in state["known"].items()}
+        known = {name: Seen(tuple(c), cap, t) for name, (c, cap, t) in state["known"].items()}
+        self._choices.known = known
         self._plans = {name: ExecutionPlan.from_dict(plan) for name, plan in state["plans"].items()}
-        self.steps, self.trials = int(state["steps"]), int(state["trials"])
-        self._calm = int(state.get("calm", 0))
+        self.steps, self._choices.trials = int(state["steps"]), int(state["trials"])
+        self._choices.calm = int(state.get("calm", 0))
 
-    def _choose(self, number: int) -> _Step:
-        """The plans of a step, from what is known before it."""
-        keys = self._keys()
-        for name, key in keys.items():
-            self._entry(name, key)
-        plans = {name: self.dictionary.entries[key].search.plan for name, key in keys.items()}
-        if number in self.replay:
-            plans = {name: plan for name, plan in self.replay[number].items() if name in self.layers}
-            return _Step(plans, keys, None, replayed=True)
-        step = _Step(plans, keys, None, replayed=False)
-        waits = self._last is not None and self._last.trial is not None  # for the time of that trial
-        may = self.trials + 1 <= self.settings.burst + self.settings.share * self.steps
-        if self.settings.deterministic or waits or not may:
-            return step
-        wanted = {}
-        for key in dict.fromkeys(keys.values()):
-            search = self.dictionary.entries[key].search
-            plan = search.next(_context(step, key))
-            if plan is not None:
-                weight = sum(k == key for k in keys.values()) * search.candidates[0].predicted
-                wanted[key] = weight, plan
-        if wanted:
-            step.trial = max(wanted, key=lambda key: wanted[key][0])
-            self.trials += 1
-            plan = wanted[step.trial][1]
-            step.plans.update({name: plan for name, key in keys.items() if key == step.trial})
-        return step
-
-    def _learn(self, news: News) -> None:
-        """Take in a sum: the workload of the step that ends, the time of the step before it."""
-        before = self._keys()
-        self._known.update(news.layers)
-        if news.seconds is not None:
-            self._measure(news.seconds)
-        keys = self._keys()
-        self._calm = self._calm + 1 if keys == before and all(map(self._done, keys.values())) else 0
-
-    def _done(self, key: Key) -> bool:
-        entry = self.dictionary.entries.get(key)
-        return self.settings.deterministic or (entry is not None and entry.search.settled)
-
-    def _measure(self, seconds: float) -> None:
-        """Note the time of the last step."""
-        last = self._last
-        if last is None or last.replayed or self.settings.deterministic:
-            return
-        for key in [last.trial] if last.trial is not None else list(dict.fromkeys(last.keys.values())):
-            plan = next(last.plans[name] for name, k in last.keys.items() if k == key)
-            if key == last.trial or plan == self.dictionary.entries[key].search.plan:  # else a former leader
-                self._record(key, plan, seconds, _context(last, key))
-
-    def _record(self, key: Key, plan: ExecutionPlan, seconds: float, context: int) -> None:
-        entry = self.dictionary.entries[key]
-        search = entry.search
-        if not search.settled:
-            search.record(plan, seconds, context)
-            self.dictionary.touch(entry)
-            return
-        if key not in self._drifts:
-            self._drifts[key] = Drift(search.standing.noise, self.settings.band)
-        if self._drifts[key].add(seconds, context):
-            del self._drifts[key]
-            entry.search = type(search)(
-                search.candidates, self.settings.limits, [search.plan], first=search.plan
-            )
-            entry.retuned += 1
-            self.dictionary.touch(entry)
-
-    def _keys(self) -> dict[str, Key]:
-        """Shape and bucket of each layer, as far as known."""
-        return {name: (self.layers[name].shape, self._bucket(seen)) for name, seen in self._known.items()}
-
-    def _bucket(self, seen: Seen) -> Bucket:
-        return Bucket.of(seen.counts, self._ranks, seen.capacity, self.settings.rows_per_bucket)
-
-    @property
-    def _ranks(self) -> int:
-        return next(iter(self.layers.values())).shape.world
-
-    def _entry(self, name: str, key: Key) -> None:
-        """Make the search of a bucket that was not met before, wiser by what similar ones found."""
-        if key in self.dictionary.entries:
-            return
-        layer, seen = self.layers[name], self._known[name]
-        workload = workload_of(layer.shape, seen)
-        found = self._candidates(layer, workload)
-        similar = self.dictionary.nearest(*key)
-        if similar:
-            found = corrected(found, similar[0].errors())
-        hints = list(dict.fromkeys(search.plan for search in similar))
-        entry = Entry(search_for(layer.shape)(found, self.settings.limits, hints))
-        self.dictionary.touch(entry)
-        self.dictionary.entries[key] = entry
-
-    def _candidates(self, layer: TunedLayer, workload: Workload) -> list[Candidate]:
-        """Plans with predictions: all of them on one rank, where they are few."""
-
-        def cost(plan: ExecutionPlan) -> float:
-            return self._cost(layer.shape, plan, workload)
-
-        if layer.shape.world == 1 and len(layer.plans) <= _FEW:
-            return [Candidate(plan, cost(plan)) for plan in layer.plans]
-        return shortlist(layer.plans, cost)
-
-
-def workload_of(shape: LayerShape, seen: Seen) -> Workload:
-    """A step's calls as the model wants them: each rank with its share of every expert's rows."""
-    total_E = torch.tensor(seen.counts, dtype=torch.int64)
-    each_E = (total_E + shape.world // 2) // shape.world
-    return Workload(
-        rows_PE=each_E.expand(shape.ranks, -1).contiguous(), tokens=seen.tokens, capacity=seen.capacity
-    )
-
-
-def _context(step: _Step, key: Key) -> int:
-    """A number for the plans of all other layers: a step's time tells of a plan only beside the same ones."""
-    others = [
-        f"{name} {plan.encode()}" for name, plan in sorted(step.plans.items()) if step.keys[name] != key
-    ]
-    return zlib.crc32("\n".join(others).encode())
+    def _choices_for(self, layers: Mapping[str, TunedLayer], place: Mapping[str, Any]) -> Choices:
+        dictionary = Dictionary(place, self.settings.rows_per_bucket)
+        return Choices(layers, dictionary, self._cost, self.settings)

@@ -54,9 +54,9 @@ def test_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(result["ranked"]) == 3
     assert result["best"] == result["ranked"][0]
     assert result["sensitivity"] == {}
-    picture = tmp_path / "map.png"
+    picture, curve = tmp_path / "map.png", tmp_path / "scaling.png"
     small = ["--model", "layer:num_experts=4", "--cluster", "a100-ndv4:devices=4", "--batch", "64"]
-    assert main(["plan", *small, "--map", str(picture)]) == 0
+    assert main(["plan", *small, "--map", str(picture), "--scaling", str(curve)]) == 0
     out = capsys.readouterr().out
     for words in ("best: ", "| 1 | ", "what would change the answer:", "batch x 2: "):
         assert words in out

@@ -90,3 +90,9 @@ def test_scope_of_the_balance_loss():
 def test_unknown_preset_lists_the_names():
     with pytest.raises(ConfigError, match="unknown preset 'tny': did you mean 'tiny'.*base, small, tiny"):
         preset("tny")
+
+
+@pytest.mark.parametrize("labels", [{"num_labels": "ten"}, {"id2label": 3}])
+def test_labels_that_transformers_refuses(labels):
+    with pytest.raises(ConfigError, match="preset 'tiny': "):
+        preset("tiny", **labels)

@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from flexpert import DistributedError
-from flexpert.parallel.hierarchical import Hierarchical, align, transposed
+from flexpert.parallel.hierarchical import Alignment, Hierarchical, transposed
 from flexpert.testing import run_ranks
 from tests.parallel.transports import make_grid, make_group, matrices, rows_to_send
 
 
-@pytest.mark.parametrize("sizes", [[[2, 2, 2]] * 2, [[1, 0, 3], [2, 2, 0]], [[0, 0], [0, 0]], [[4], [1]]])
+@pytest.mark.parametrize(
+    "sizes", [[[2, 2, 2]] * 2, [[1, 0, 3], [2, 2, 0]], [[0, 0], [0, 0]], [[4], [1]], [[2, 1]]]
+)
 def test_align_orders_segments_by_the_other_place(sizes):
     segments = [[torch.rand(size, 3) for size in row] for row in sizes]
     rows = torch.cat([segment for row in segments for segment in row])
     want = torch.cat([row[b] for b in range(len(sizes[0])) for row in segments])
-    assert torch.equal(align(rows, sizes), want)
-    assert torch.equal(align(align(rows, sizes), transposed(sizes)), rows)
+    assert torch.equal(Alignment(sizes)(rows).reshape(rows.shape), want)
+    assert torch.equal(Alignment(transposed(sizes))(want).reshape(rows.shape), rows)
 
 
 def count_messages(places):

@@ -85,6 +85,14 @@ def dtensor(mesh, number):
     tensor.full_tensor()
 
 
+def dtensor_operator(mesh, number):
+    """An operator that needs a whole tensor gathers it by itself."""
+    rows = DTensor.from_local(torch.ones(1, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
+    assert torch.equal((rows @ rows).to_local(), torch.full((1, 2), 2.0))
+    lose_here(DTensor, "__matmul__", number)
+    rows @ rows
+
+
 def checkpoint(mesh, number, folder):
     tensors = {"a": torch.ones(3)}
     save_checkpoint(Path(folder), 1, tensors, {})
@@ -111,6 +119,7 @@ CASES = [
     (fsdp_reduce, rf"dense part \(FSDP\): reduce_scatter on group '[^']+' {HERE} after"),
     (hsdp_reduce, f"FSDP: all_reduce on group '[^']+' {HERE}"),
     (dtensor, f"DTensor: redistribute on group '[^']+' {HERE}"),
+    (dtensor_operator, f"DTensor: redistribute on group '[^']+' {HERE}"),
 ]
 
 

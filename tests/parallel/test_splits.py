@@ -48,8 +48,9 @@ def test_chunks_are_worked_out_once():
     splits = Splits([[1, 6]], [[2, 3]])
     assert splits.chunk(0, 1) is splits
     assert splits.chunk(1, 3) is splits.chunk(1, 3)
-    assert (splits.send_rows, splits.receive_rows) == ([7], [5])
-    assert (splits.num_sent, splits.num_received) == (7, 5)
+    assert (splits.forward.send, splits.forward.receive) == (splits.reverse.receive, splits.reverse.send)
+    assert (splits.forward.send, splits.forward.receive) == ([7], [5])
+    assert (splits.forward.leaving, splits.forward.arriving) == (7, 5)
 
 
 @pytest.mark.parametrize(("chunk", "degree"), [(2, 2), (-1, 2), (0, 0)])

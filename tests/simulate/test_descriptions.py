@@ -11,7 +11,7 @@ import torch
 from flexpert.core.errors import ConfigError
 from flexpert.simulate import Cluster, ExpertPart, JobPlan, Model, Recorded, Synthetic, parse_traffic
 from flexpert.simulate.job import layer_shape
-from flexpert.simulate.models import parse_model
+from flexpert.simulate.models import parse_model, swinv2_moe
 from flexpert.simulate.traffic import workload
 
 A100 = "a100-ndv4:nodes=2"
@@ -139,6 +139,11 @@ def test_a_model_of_blocks_from_a_file(tmp_path):
 def test_bad_models_name_the_field(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_model(text)
+
+
+def test_images_that_are_no_square_are_refused():
+    with pytest.raises(ConfigError, match=r"image_size=\[32, 64\]: .* square images"):
+        swinv2_moe("tiny", image_size=[32, 64])
 
 
 @pytest.mark.parametrize(

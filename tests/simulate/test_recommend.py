@@ -10,6 +10,7 @@ from flexpert.core.errors import ConfigError
 from flexpert.simulate import Cluster, recommend, simulate
 from flexpert.simulate.models import parse_model
 from flexpert.simulate.plan_map import HIDDEN, TOKENS, best_plans
+from flexpert.simulate.scaling_curve import throughput
 
 MODEL = parse_model(
     "language:layers=2,model_dim=512,heads=8,hidden_dim=2048,vocabulary=1000,length=512,num_experts=8"
@@ -92,3 +93,15 @@ def test_the_map_moves_from_tokens_to_parameters():
     legal = ["r=0", *(f"r={r}" for r in (1, 2, 4))]
     few_tokens, many_tokens = table[-1][0].split()[0], table[0][-1].split()[0]
     assert legal.index(many_tokens) < legal.index(few_tokens)
+
+
+def test_scaling_counts_the_samples_of_the_best_plan_of_each_size():
+    model = parse_model("layer:num_experts=6,model_dim=64,hidden_dim=64")
+    cluster = Cluster.parse("a100-ndv4:nodes=3,devices=1")
+    rates = throughput(model, cluster, 96)
+    assert list(rates) == [1, 2, 3]
+    best = recommend(model, cluster, 96, sensitivity=False).best
+    assert rates[3] == pytest.approx(96 / best.step.seconds)
+    assert list(throughput(model, cluster, 7)) == [1, 2]  # seven tokens are not for three ranks
+    small = dataclasses.replace(cluster, machine=dataclasses.replace(cluster.machine, memory=2**16))
+    assert throughput(model, small, 96) == {}

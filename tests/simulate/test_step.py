@@ -68,6 +68,20 @@ def test_messages_cost_where_bytes_do_not():
     assert step.parts["dispatch"] == pytest.approx(2 * (1e-3 + 2 * 1e-2), rel=1e-3)
 
 
+def test_messages_take_shared_processors_and_cut_rows_are_picked():
+    """Two chunks, two ranks to a processor: four exchanges each way are sent, and each rank's rows picked."""
+    link = dataclasses.replace(PLAIN.between, per_message=1e-4)
+    own = dataclasses.replace(PLAIN, between=link, overheads=Overheads(cut=1e-9, cut_backward=2e-9))
+    shared = dataclasses.replace(own, processors=2, sharing=4)
+    plan = JobPlan.parse("degree=2,capacity=padded")
+    parts = simulate(layer(), cluster(machine=own), TOKENS, plan).parts
+    assert "messages" not in parts
+    assert parts["encode"] + parts["decode"] == pytest.approx(1024 * 64 * 4 * 3e-9)
+    step = simulate(layer(), cluster(machine=shared), TOKENS, plan)
+    assert step.parts["messages"] == pytest.approx(8 * 2 * 2e-4)  # two messages, to the other node's ranks
+    assert sum(step.parts.values()) == pytest.approx(step.seconds)
+
+
 def test_r_zero_gathers_parameters_and_sends_no_row():
     step = simulate(layer(), cluster(), TOKENS, JobPlan.parse("r=0"))
     assert "dispatch" not in step.parts

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from flexpert.core.errors import ConfigError, DistributedError
+from flexpert.core.errors import ConfigError
 from flexpert.train import data
 from flexpert.train.config import load_config
 from flexpert.train.job import train
@@ -114,7 +114,7 @@ def decide(texts):
 
         try:
             ranks.from_main(fail)
-        except (ConfigError, DistributedError) as error:
+        except ConfigError as error:
             return seen, type(error).__name__, str(error)
     return None
 

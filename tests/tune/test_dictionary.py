@@ -11,8 +11,10 @@ import pytest
 from flexpert.core.errors import ConfigError
 from flexpert.core.plan import ExecutionPlan
 from flexpert.tune.bucket import Bucket
-from flexpert.tune.dictionary import Dictionary, Entry
-from flexpert.tune.search import Candidate, Search
+from flexpert.tune.candidate import Candidate
+from flexpert.tune.dictionary import Dictionary
+from flexpert.tune.entry import Entry
+from flexpert.tune.search import Search
 from flexpert.tune.workload import LayerShape
 
 SHAPE = LayerShape(
@@ -68,7 +70,7 @@ def test_the_nearest_buckets_give_their_winners():
     other = make([2], steps=3)  # its search is not over: it knows nothing yet
     dictionary.merge(other)
     near, far = dictionary.nearest(SHAPE, Bucket(rows=2))
-    assert near is dictionary.entries[SHAPE, Bucket(rows=1)].search
+    assert near is dictionary.entries[SHAPE, Bucket(rows=1)]
     assert near.plan == far.plan == PLANS[1]
     assert Dictionary(PLACE, 128).nearest(SHAPE, Bucket(rows=2)) == []
     assert Bucket(rows=2).distance(Bucket(rows=3)) < Bucket(rows=2).distance(Bucket(rows=9))

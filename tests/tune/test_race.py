@@ -8,8 +8,9 @@ import random
 import pytest
 
 from flexpert.core.plan import ExecutionPlan
+from flexpert.tune.candidate import Candidate
+from flexpert.tune.limits import Limits
 from flexpert.tune.race import MOST, TOLERANCE, Race
-from flexpert.tune.search import Candidate, Limits
 
 PLANS = [ExecutionPlan(kernel=kernel) for kernel in ("auto", "portable", "recompute", "separate")]
 PLANS.append(ExecutionPlan(capacity="padded"))

@@ -10,7 +10,9 @@ import pytest
 
 from flexpert.core.errors import ConfigError
 from flexpert.core.plan import ExecutionPlan
-from flexpert.tune.search import Candidate, Limits, Search, corrected, describe
+from flexpert.tune.candidate import Candidate, corrected, describe
+from flexpert.tune.limits import Limits
+from flexpert.tune.search import Search
 
 R = (0, 1, 2, 4, 8, 16)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -56,6 +57,20 @@ def test_two_layers_share_what_they_learn():
     assert plans[-1] == BEST.encode()
     assert len(report["buckets"]) == 1
     assert len(report["layers"]) == 2
+
+
+def test_the_fastest_kernel_of_the_best_plan_wins(tmp_path):
+    """All ranks try it and take it; log, replay, state and deterministic plans carry it."""
+    results = run_ranks(tuning.raced, 2, tmp_path / "plans.jsonl")
+    plans, report, repeated, then = results[0]
+    assert all(result[0] == plans for result in results)
+    best = dataclasses.replace(BEST, kernel="recompute").encode()
+    (bucket,) = report["buckets"]
+    assert bucket["settled"]
+    assert bucket["winner"] == "r=1 degree=2 linear ragged recompute"
+    assert plans[-1] == best
+    assert repeated
+    assert then == [best] * 3
 
 
 def test_bounds_hold():

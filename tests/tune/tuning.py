@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -29,11 +30,12 @@ class Clock:
         self.now += seconds * self.speed * math.exp(self.random.gauss(0, noise))
 
 
-def truth(plan, scale=1.0):
-    """Seconds that a step with this plan takes."""
+def truth(plan, scale=1.0, fast="auto"):
+    """Seconds that a step with this plan takes, of whose kernels one is fast."""
     place = {0: 2.0, 1: 1.0, 2: 1.3}[plan.r]
     chunks = 1 + 0.1 * abs(plan.degree - 2)
-    return scale * place * chunks * (1.05 if plan.capacity == "padded" else 1.0)
+    kernel = 1.0 if plan.kernel == fast else 1.3
+    return scale * place * chunks * kernel * (1.05 if plan.capacity == "padded" else 1.0)
 
 
 def wrong_cost(shape, plan, workload):
@@ -57,7 +59,7 @@ def make_tuner(path=None, cost=wrong_cost, **settings):
     return Tuner(cost, TunerSettings(**settings), clock=Clock(rank), log=log)
 
 
-def step(model, tuner, tokens=20, number=None, scale=1.0, **options):
+def step(model, tuner, tokens=20, number=None, scale=1.0, fast="auto", **options):
     """One step; the plan that ran."""
     rank = dist.get_rank()
     with tuner.step(number):
@@ -65,7 +67,7 @@ def step(model, tuner, tokens=20, number=None, scale=1.0, **options):
         for layer in model:
             x = layer(x, **options)
         x.sum().backward()
-        tuner._clock.spend(sum(truth(plan, scale) for plan in tuner.plans.values()))
+        tuner._clock.spend(sum(truth(plan, scale, fast) for plan in tuner.plans.values()))
     model.zero_grad()
     return next(iter(tuner.plans.values()))
 
@@ -131,6 +133,28 @@ def resumed(path, first, again):
     tuner.replay = found[0]
     repeated = [step(model, tuner) for _ in range(again + 2)]
     return lost == repeated[:again], len(repeated), tuner.steps
+
+
+def raced(path, steps=70, again=10):
+    """A run on ranks where "recompute" is fast; its last steps from the log; steps with fixed plans."""
+    model, _ = make_model()
+    tuner = make_tuner(path, rows_per_bucket=1000)
+    attach(model, tuner)
+    plans = [step(model, tuner, 100, fast="recompute") for _ in range(steps)]
+    state = json.loads(json.dumps(tuner.state_dict()))
+    found = [None if tuner.log is None else (tuner.log.flush(), tuner.log.rewind(steps - again))[1]]
+    dist.broadcast_object_list(found, src=0)
+    model, _ = make_model()
+    repeating = make_tuner(rows_per_bucket=1000)
+    attach(model, repeating)
+    repeating.replay = found[0]
+    repeated = [step(model, repeating, 100, number=i) for i in range(steps - again, steps)]
+    model, _ = make_model()
+    fixed = make_tuner(deterministic=True, rows_per_bucket=1000)
+    attach(model, fixed)
+    fixed.load_state_dict(state)
+    then = [step(model, fixed, 100).encode() for _ in range(3)]
+    return [plan.encode() for plan in plans], tuner.report(), repeated == plans[-again:], then
 
 
 def deterministic(steps, interrupted):

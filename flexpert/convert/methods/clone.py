@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -81,7 +80,7 @@ class Clone(Method):
                 name: tensor + self.perturb * _std(tensor) * _normal(tensor, generator)
                 for name, tensor in tensors.items()
             }
-        return dataclasses.replace(mlp, **tensors)
+        return mlp.with_tensors(tensors)
 
 
 def _redrawn(name: str, tensor: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:

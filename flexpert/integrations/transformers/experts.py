@@ -29,13 +29,12 @@ def experts_forward(self: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_
     experts: Any = self
     first = first_name(experts)
     w1, w2 = getattr(experts, first), experts.down_proj
-    b1, b2 = (getattr(experts, f"{first}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
+    b1 = getattr(experts, f"{first}_bias") if experts.has_bias else None
+    b2 = experts.down_proj_bias if experts.has_bias else None
     rows = regroup(ids_TK, weights_TK, w1.shape[0], hidden_TD)
     dtype = compute_dtype(hidden_TD, w1)
-    x_TD, w1, b1, w2, b2 = (
-        tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
-        for tensor in (hidden_TD, w1, b1, w2, b2)
-    )
+    x_TD, w1, w2 = (t if t.dtype is dtype else t.to(dtype) for t in (hidden_TD, w1, w2))
+    b1, b2 = (b if b is None or b.dtype is dtype else b.to(dtype) for b in (b1, b2))
     activation = fused_activation(experts)
     if activation is None:
         y_TD = _unfused(experts, x_TD, rows, (w1, b1, w2, b2))

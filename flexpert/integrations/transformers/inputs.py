@@ -38,8 +38,9 @@ class ModelInputs:
             return cls()
         batch, length = tokens.shape[:2]
         mask = given.get(f"{side}attention_mask")
-        fits = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch
-        if not fits or mask.shape[1] < length:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return cls(batch=batch, length=length)
+        if mask.shape[0] != batch or mask.shape[1] < length:
             return cls(batch=batch, length=length)
         return cls(batch=batch, length=length, mask_BS=mask[:, mask.shape[1] - length :].bool())
 

@@ -30,10 +30,14 @@ class PackedExperts(nn.Module):
         experts: the module whose weights are packed; it is kept for its settings, without weights.
     """
 
+    packed_w1: Tensor
+    packed_w2: Tensor
+
     def __init__(self, experts: Any) -> None:
         super().__init__()
-        self.first = first_name(experts)
-        self.activation = fused_activation(experts)
+        self.first, activation = first_name(experts), fused_activation(experts)
+        assert activation is not None
+        self.activation = activation
         w1, w2 = getattr(experts, self.first), experts.down_proj
         self.num_experts, self.model_dim, self.hidden_dim = w1.shape[0], w1.shape[2], w2.shape[2]
         self.has_gate, self.output_dim = experts.has_gate, w2.shape[1]
@@ -97,13 +101,8 @@ class PackedExperts(nn.Module):
         return w1.flatten(1, -2) if self.has_gate else w1, w2
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
-        before = self.packed_w1.new_empty(0)
-        after = fn(before)
-        if (after.dtype, after.device) != (before.dtype, before.device):
-            raise ConfigError(
-                f"weights packed in {before.dtype} on {before.device} cannot become {after.dtype} on "
-                f"{after.device}; call flexpert.integrations.transformers.unpack(model) before"
-            )
+        remedy = "call flexpert.integrations.transformers.unpack(model) before"
+        packing.check_conversion(self.packed_w1, fn, remedy)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -42,7 +42,8 @@ def score_of(router: nn.Module) -> tuple[str, Score]:
         name = getattr(router, attribute, None)
         if name in SCORES:
             return name, SCORES[name]
-    found = _score_in_source(type(router))
+    kind: Any = type(router)  # mypy takes the class of a Module for unhashable
+    found = _score_in_source(kind)
     if found is None:
         raise ConfigError(
             f"the gate scores of {type(router).__name__} cannot be told from its class; give score="

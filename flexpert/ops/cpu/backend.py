@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from flexpert.core.errors import FlexpertError, InputError
 from flexpert.ops import packing
 from flexpert.ops.activations import get_activation
+from flexpert.ops.backend import CallFacts, Kernel
 from flexpert.ops.memory import empty
 from flexpert.ops.products import slack
 
@@ -21,10 +21,6 @@ from .build import native
 from .checks import check, check_inputs, check_packed
 from .layer import NUMBER, SUFFIX
 from .threads import num_threads
-
-if TYPE_CHECKING:
-    from flexpert.ops.select import CallFacts
-
 
 # The fields of ForwardCall and BackwardCall: 64-bit integers, tensors by their address, null for none.
 FORWARD = struct.Struct("=24q")
@@ -208,12 +204,13 @@ def grouped_mlp_backward(
     sizes = _sizes(x_TD, unit_N, counts_E, w2.shape, w1.dim() == 4, activation)
     call = BACKWARD.pack(*sizes, *map(_address, (*inputs, *outputs)))
     _run(_function("mlp_backward", dtype), call)
+    d_x, d_weight, d_w1, d_b1, d_w2, d_b2 = grads
     if weight_N is not None:
-        grads[1] = grads[1].to(weight_N.dtype)
-    return tuple(grads)  # type: ignore[return-value]
+        d_weight = d_weight.to(weight_N.dtype)
+    return d_x, d_weight, d_w1, d_b1, d_w2, d_b2
 
 
-KERNELS = {
+KERNELS: dict[str, Kernel] = {
     "grouped_mlp": grouped_mlp,
     "grouped_mlp_packed": grouped_mlp_packed,
     "grouped_mlp_backward": grouped_mlp_backward,

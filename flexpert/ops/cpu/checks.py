@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from flexpert.core.errors import InputError
 from flexpert.ops import packing
 
 
-def check(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]], dtype: torch.dtype | None) -> None:
+def check(shapes: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], dtype: torch.dtype | None) -> None:
     """Refuse tensors of another shape, or dtype where one is given; None is no tensor.
 
     Raises:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexpert.core.errors import FlexpertError
+from flexpert.ops.backend import Kernel
 from flexpert.ops.packing import BLOCK, TILE
 
 from .build import native
@@ -56,6 +57,7 @@ def _sizes(x_TD: Tensor, mlp: ExpertMLP) -> tuple[int, int, int, bool] | None:
     if not (x_TD.dim() == 2 and x_TD.dtype == w1.dtype == w2.dtype and mlp.activation in NUMBER):
         return None
     model = x_TD.shape[1]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
     if mlp.packed is None:
         if w2.dim() != 3 or w1.dim() not in (3, 4):
             return None
@@ -136,4 +138,4 @@ def chosen_mlp(x_TD: Tensor, chosen: tuple[Tensor, Tensor], mlp: ExpertMLP) -> T
     return _run(x_TD, mlp, sizes, rules, (0, 0, ids_TK.data_ptr(), weight_TK.data_ptr()), 1.0)
 
 
-SHORTCUTS = {"routed_mlp": routed_mlp, "chosen_mlp": chosen_mlp}
+SHORTCUTS: dict[str, Kernel] = {"routed_mlp": routed_mlp, "chosen_mlp": chosen_mlp}

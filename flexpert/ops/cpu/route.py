@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexpert.core.errors import ConfigError, FlexpertError, InputError
 from flexpert.ops import portable_route
+from flexpert.ops.backend import Kernel
 from flexpert.ops.memory import empty
 
 from .build import native
@@ -46,8 +46,8 @@ def _run(name: str, call: bytes, *flags: int, dtype: torch.dtype = torch.float32
     function = _functions.get((name, uses))
     if function is None:
         function = getattr(native().library, f"flexpert_{name}{'_avx2' if uses == 'AVX2' else ''}")
-        function.argtypes = (ctypes.c_char_p, *[ctypes.c_int64] * len(flags))  # type: ignore[attr-defined]
-        function.restype = ctypes.c_int64  # type: ignore[attr-defined]
+        function.argtypes = (ctypes.c_char_p, *[ctypes.c_int64] * len(flags))
+        function.restype = ctypes.c_int64
         _functions[name, uses] = function
     status = function(call, *flags)
     if status == 1:
@@ -133,7 +133,7 @@ def route_backward(
 ) -> Tensor:
     """The gradient of the logits."""
     (tokens, num_experts), top_k, real = score_TE.shape, ids_TK.shape[1], score_TE.dtype
-    inputs: dict[str, Any] = {
+    inputs: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
         "ids_TK": (ids_TK, (tokens, top_k), torch.int64),
         "order_N": (order_N, (tokens * top_k,), torch.int64),
         "counts_E": (counts_E, (num_experts,), torch.int64),
@@ -208,7 +208,7 @@ def _has_amx() -> bool:
     return native().instructions(torch.bfloat16) == "AMX"
 
 
-KERNELS = {
+KERNELS: dict[str, Kernel] = {
     "assign": assign,
     "route": route,
     "route_backward": route_backward,

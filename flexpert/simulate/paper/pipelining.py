@@ -81,7 +81,7 @@ def _table(title: str, paper: Mapping[int, tuple[int, ...]], worst: bool) -> Tab
             Row(name=f"{ranks} GPUs: over {algorithm}, degree {degree}", paper=there, ours=here, unit="%")
             for (algorithm, degree), there, here in zip(CHOICES, printed, ours, strict=True)
         ]
-        best_there, best_here = (CHOICES[values.index(min(values))] for values in (list(printed), ours))
+        best_there, best_here = CHOICES[printed.index(min(printed))], CHOICES[ours.index(min(ours))]
         claims += [
             (f"{ranks} GPUs: every static choice loses somewhere", min(ours) > 0),
             (
