@@ -108,7 +108,7 @@ def measure(
 
 
 def beside(ms: Times, part: Part) -> float:
-    """Milliseconds of a product and its epilogue; memory counts the epilogue of a weight's gradient, a store."""
+    """Milliseconds of a product with its epilogue; memory counts that of a weight gradient, a store."""
     alone = ms[f"{part.title}, product"]
     if part.weights:
         return alone
