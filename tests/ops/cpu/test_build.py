@@ -30,8 +30,8 @@ def call(tokens=64):
 
 def run(script, **env):
     done = subprocess.run(
-        [sys.executable, "-c", CALL + script], capture_output=True, text=True, timeout=100, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        [sys.executable, "-c", CALL + script], capture_output=True, text=True, check=False,
+        timeout=build.COMPILE_SECONDS, env={**os.environ, "PYTHONPATH": str(ROOT), **env},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -190,7 +190,7 @@ def test_compiled_once_by_processes_that_start_together(live, tmp_path):
     env |= {"FLEXPERT_NATIVE": "require"}
     command = [sys.executable, "-c", "from flexpert.ops.cpu import build; print(build.native().library)"]
     both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert all("flexpert-" in child.communicate(timeout=100)[0] for child in both)
+    assert all("flexpert-" in child.communicate(timeout=build.COMPILE_SECONDS)[0] for child in both)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sum("-shared" in line for line in calls) == 1
     assert len(list((tmp_path / "cache" / "native").glob("*"))) == 2  # the library and the lock
