@@ -25,6 +25,7 @@ from flexpert.core.errors import ConfigError, DistributedError
 from .rank_process import MODULES, Call, filters_now, serve
 
 GRACE = 10.0  # seconds that the others get to report what they saw of a failure
+WRITTEN = 1.0  # seconds after which tracebacks that grow no more are whole: they are written in many pieces
 
 Told = tuple[int, str]  # a rank, and what is told of it
 
@@ -165,9 +166,13 @@ class RankPool:
         log, pid = _log(self._folder.name, rank), self._processes[rank].pid
         assert pid is not None
         os.kill(pid, signal.SIGUSR1)
-        deadline = time.monotonic() + GRACE
-        while not (text := log.read_text(encoding="utf-8")) and time.monotonic() < deadline:
+        now = time.monotonic()
+        deadline, grown, text = now + GRACE, now, ""
+        while now < deadline and not (text and now > grown + WRITTEN):
             time.sleep(0.05)
+            now = time.monotonic()
+            if (more := log.read_text(encoding="utf-8")) != text:
+                text, grown = more, now
         return text or "nothing it could tell\n"
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 
-BASE, WINDOW = 8, 5  # measurements that make the band, and whose median must lie in it
+from .standing import noise_of
+
+BASE, WINDOW = 12, 9  # measurements that make the band, and whose median must lie in it
 BAND = 0.25  # relative change of the time that is one
 
 
@@ -13,12 +15,11 @@ class Drift:
     """Watches the time of one plan.
 
     Args:
-        noise: relative error of one measurement.
         band: relative change of the median that counts at least; more, where 4 times the noise is more.
     """
 
-    def __init__(self, noise: float, band: float) -> None:
-        self._band = max(math.log1p(band), 4 * noise)
+    def __init__(self, band: float) -> None:
+        self._least = math.log1p(band)
         self._context: int | None = None
         self._base: list[float] = []
         self._window: list[float] = []
@@ -32,5 +33,7 @@ class Drift:
             self._base.append(value)
             return False
         self._window = [*self._window, value][-WINDOW:]
-        change = statistics.median(self._window) - statistics.median(self._base)
-        return len(self._window) == WINDOW and abs(change) > self._band
+        usual = statistics.median(self._base)
+        noise = noise_of([abs(value - usual) for value in self._base])
+        change = abs(statistics.median(self._window) - usual)
+        return len(self._window) == WINDOW and change > max(self._least, 4 * noise)

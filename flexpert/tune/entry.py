@@ -189,7 +189,7 @@ class Entry:
     def _watch(self, seconds: float, context: int, band: float) -> None:
         """Begin anew, with the winner as the first choice, when its time has left the band."""
         if self._drift is None:
-            self._drift = Drift(self.active.standing.noise, band)
+            self._drift = Drift(band)
         if self._drift.add(seconds, context):
             search = self.search
             self.search = type(search)(search.candidates, search.limits, [search.plan], first=search.plan)

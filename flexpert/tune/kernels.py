@@ -35,13 +35,5 @@ class KernelRace(Race):
         """Kernels that are known to bring nothing beside the best one."""
         return {plan.kernel for plan in self.out()}
 
-    def _is_open(self, standing: Standing, candidate: int) -> bool:
-        """As in a race; but one that is clearly slower is out at once: kernels may be slower by far."""
-        scores = standing.scores.get(candidate, [])
-        noise = max(standing.noise, self.limits.noise)
-        if len(scores) == 1 and scores[0] - self._half_width(noise, 1) > standing.level:
-            return False
-        return super()._is_open(standing, candidate)
-
     def _best(self, standing: Standing) -> int:
         return standing.leader

@@ -23,7 +23,7 @@ class Limits:
         ConfigError: a number out of range.
     """
 
-    trials: int = 16
+    trials: int = 20
     worst: float = 2.0
     near: float = 1.3
     pool: int = 6

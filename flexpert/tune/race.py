@@ -8,7 +8,7 @@ import statistics
 from flexpert.core.plan import ExecutionPlan
 
 from .search import Search
-from .standing import Standing
+from .standing import Standing, noise_of
 
 TOLERANCE = 0.03  # a plan that is not slower than the best by more is good enough
 LEAST_NOISE = 0.01  # relative error of one measurement that is assumed at least
@@ -86,7 +86,7 @@ class Race(Search):
             if sample.candidate == standing.leader:
                 if usual is not None:
                     residuals.append(abs(value - usual))
-                    standing.noise = max(LEAST_NOISE, 1.4826 * statistics.median(residuals))
+                    standing.noise = max(LEAST_NOISE, noise_of(residuals))
                 standing.window = [*standing.window, value][-WINDOW:]
                 continue
             standing.trials += 1

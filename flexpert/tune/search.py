@@ -21,6 +21,7 @@ from .standing import WINDOW, Sample, Standing, standing_of
 
 ROUNDS = (1, 2, 4)  # measurements that a plan needs to survive each round of the halving
 _PER_R = 2  # measurements of each r that the search over r looks at
+DOUBT = 0.05  # a plan that may be faster than the winner by more is measured again while trials are left
 
 
 class _WantedError(Exception):
@@ -37,7 +38,7 @@ class Search:
     trial is followed by the leader. First comes r: both ends (0 and S), and a ternary search between them, as
     time is convex in r (Tutel, arXiv 2206.03382, section 3.3). Then successive halving among the plans with
     the best r that the model holds for good: half of them leave in every round, those that are clearly slower
-    at once.
+    at once. Where clocks were so noisy that another plan may still be far ahead, it is measured again.
 
     Args:
         candidates: all plans that can run, with predictions; those beyond `limits.worst` are left out.
@@ -133,7 +134,7 @@ class Search:
 
     def half_width(self, count: int) -> float:
         """Of the confidence interval of a score from so many measurements."""
-        return self.limits.confidence * self.standing.noise * math.sqrt(1 / max(count, 1) + 1 / WINDOW)
+        return self.limits.confidence * self.standing.error(count)
 
     def why(self) -> str:
         """Why the best plan is the best, in a sentence."""
@@ -152,8 +153,12 @@ class Search:
         return f"{head}; {other} ({'more' if gap > width else 'no more'} than the noise of {_percent(width)})"
 
     def _best(self, standing: Standing) -> int:
-        """The leader, or who beats it with as many measurements as a winner needs."""
-        scores = {i: statistics.median(s) for i, s in standing.scores.items() if len(s) >= 2}
+        """The leader, or who beats it by a standard error with as many measurements as a winner needs."""
+        scores = {
+            i: statistics.median(s) + standing.error(len(s))
+            for i, s in standing.scores.items()
+            if len(s) >= 2 and i != standing.leader
+        }
         scores[standing.leader] = standing.level
         return min(scores, key=lambda i: (scores[i], i))
 
@@ -194,6 +199,7 @@ class Search:
         best, *others = sorted(values, key=lambda r: values[r])
         rivals = [first_of[r] for r in others if values[r] <= values[best] + self.half_width(_PER_R)]
         self._halve(standing, [*self._pool(best), *rivals[:1], *(self._place[plan] for plan in self.hints)])
+        self._settle_doubts(standing)
 
     def _pool(self, r: int) -> list[int]:
         """The model's favourites with this r."""
@@ -211,6 +217,17 @@ class Search:
                 break
         for i in alive:
             self._value(standing, i, ROUNDS[1])  # one measurement alone makes no winner
+
+    def _settle_doubts(self, standing: Standing) -> None:
+        """Measure again who may be fastest, if that may be far ahead of the leader."""
+        least = {
+            i: statistics.median(scores) - self.half_width(len(scores))
+            for i, scores in standing.scores.items()
+            if i != standing.leader
+        }
+        hopeful = min(least, key=lambda i: (least[i], i), default=standing.leader)
+        if hopeful != standing.leader and least[hopeful] < standing.level - DOUBT:
+            raise _WantedError(hopeful)
 
     def _value(self, standing: Standing, candidate: int, count: int) -> float:
         """The score from at least `count` measurements, fewer where they say enough."""

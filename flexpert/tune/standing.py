@@ -46,15 +46,28 @@ class Standing:
             return self.level
         return statistics.median(self.scores[candidate])
 
+    def error(self, count: int) -> float:
+        """Standard error of a score from so many measurements."""
+        return self.noise * math.sqrt(1 / max(count, 1) + 1 / WINDOW)
+
+
+def noise_of(residuals: Sequence[float]) -> float:
+    """Standard deviation of what has these absolute values, by their median: a machine stalls now and then.
+
+    That of few values is too small on average; the last factor makes up for it.
+    """
+    count = max(len(residuals), 2)
+    return 1.4826 * statistics.median(residuals) * count / (count - 0.8)
+
 
 def standing_of(samples: Sequence[Sample], least_noise: float) -> Standing:
-    """Go through measurements in order; who is ahead in two of them by half the noise leads.
+    """Go through measurements in order; who is ahead in two of them by a standard error leads.
 
     Args:
         samples: trials, each compared with the leader's measurements before it.
         least_noise: relative error of one measurement that is assumed at least.
     """
-    standing, context = Standing(), None
+    standing, context = Standing(noise=least_noise), None
     residuals: list[float] = []
     for sample in samples:
         value = math.log(sample.seconds)
@@ -64,6 +77,7 @@ def standing_of(samples: Sequence[Sample], least_noise: float) -> Standing:
         if sample.candidate == standing.leader:
             if usual is not None:
                 residuals.append(abs(value - usual))
+                standing.noise = max(least_noise, noise_of(residuals))
             standing.window = [*standing.window, value][-WINDOW:]
             continue
         standing.trials += 1
@@ -71,11 +85,9 @@ def standing_of(samples: Sequence[Sample], least_noise: float) -> Standing:
             continue
         scores = standing.scores.setdefault(sample.candidate, [])
         scores.append(value - usual + standing.level)
-        if len(scores) >= 2 and statistics.median(scores) < standing.level - least_noise / 2:
+        level = statistics.median(scores)
+        if len(scores) >= 2 and level + standing.error(len(scores)) < standing.level:
             if standing.leader not in standing.scores:
                 standing.scores[standing.leader] = [standing.level] * 2
-            standing.leader, standing.level = sample.candidate, statistics.median(scores)
-            standing.window = []
-    spread = 1.4826 * statistics.median(residuals) if residuals else 0.0
-    standing.noise = max(least_noise, spread)
+            standing.leader, standing.level, standing.window = sample.candidate, level, []
     return standing

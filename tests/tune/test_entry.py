@@ -89,7 +89,7 @@ def test_regret_counts_the_kernels_trials(seed):
     ran = live(entry, clock, 150)
     assert entry.plan == ExecutionPlan(r=2)
     assert sum(map(clock.truth, ran)) <= 1.12 * len(ran)
-    assert sum(plan.kernel != "auto" for plan in ran) == len(KERNELS)  # each of them once
+    assert sum(plan.kernel != "auto" for plan in ran) == 2 * len(KERNELS)  # once alone may be a stall
 
 
 @pytest.mark.parametrize("trials", [0, 2, 5, 9, 16])

@@ -89,6 +89,25 @@ def test_without_noise_and_error_the_first_choice_stands():
     assert search.plan == min(machine.truth, key=machine.truth.get) == ran[0]
 
 
+def test_noise_is_met_with_trials_and_not_with_a_wrong_winner():
+    """A plan that takes half as long again seldom wins, however noisy clocks are; quiet ones need few trials."""
+    plans = [ExecutionPlan(r=1), ExecutionPlan(r=0), ExecutionPlan(r=1, degree=2)]
+    truth = dict(zip(plans, (1.0, 1.5, 1.1), strict=True))
+    trials = {}
+    for noise, most in ((0.03, 0), (0.1, 0), (0.4, 5)):
+        wrong, trials[noise] = 0, 0
+        for seed in range(50):
+            clock = random.Random(seed)
+            search = Search([Candidate(plan, 1 + 0.01 * i) for i, plan in enumerate(plans)])
+            for _ in range(80):
+                plan = search.next() or search.plan
+                search.record(plan, truth[plan] * math.exp(clock.gauss(0, noise)))
+            wrong += search.plan == plans[1]
+            trials[noise] += search.standing.trials
+        assert wrong <= most
+    assert 4 * trials[0.03] < trials[0.4] <= 50 * Limits().trials
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_bounds(seed):
     limits = Limits(trials=9, worst=1.6)

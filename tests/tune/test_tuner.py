@@ -148,15 +148,15 @@ def test_usage_errors():
 
 
 def test_drift_needs_more_than_an_outlier():
-    drift = Drift(noise=0.02, band=0.25)
-    assert not any(drift.add(seconds, 0) for seconds in [1.0] * 12 + [5.0] * 2 + [1.0] * 10)
-    assert not any(drift.add(1.2, 0) for _ in range(10))
-    assert not any(drift.add(2.0, context) for context in range(20))  # another context is no drift
-    drift = Drift(noise=0.02, band=0.25)
-    answers = [drift.add(seconds, 0) for seconds in [1.0] * 12 + [0.6] * 5]
-    assert answers.index(True) == 14  # the third of the window's five
-    noisy = Drift(noise=0.2, band=0.25)
-    assert not any(noisy.add(math.exp(x), 0) for x in [0.0] * 12 + [0.6] * 8)
+    drift = Drift(band=0.25)
+    assert not any(drift.add(seconds, 0) for seconds in [1.0] * 16 + [5.0] * 4 + [1.0] * 10)
+    assert not any(drift.add(1.2, 0) for _ in range(20))
+    assert not any(drift.add(2.0, context) for context in range(30))  # another context is no drift
+    drift = Drift(band=0.25)
+    answers = [drift.add(seconds, 0) for seconds in [1.0] * 21 + [0.6] * 9]
+    assert answers.index(True) == 25  # the fifth of the window's nine
+    noisy = Drift(band=0.25)
+    assert not any(noisy.add(math.exp(x), 0) for x in [0.0, 0.2, -0.2] * 7 + [0.6] * 12)
 
 
 def test_a_log_that_was_cut_off_is_read_to_its_last_whole_line(tmp_path):
