@@ -142,7 +142,7 @@ class Choices:
 
     def _done(self, key: Key) -> bool:
         entry = self.dictionary.entries.get(key)
-        return self._settings.deterministic or (entry is not None and entry.settled)
+        return self._settings.deterministic or (entry is not None and entry.settled and not entry.uneasy)
 
     def _keys(self) -> dict[str, Key]:
         """Shape and bucket of each layer, as far as known."""

@@ -96,6 +96,11 @@ class Entry:
         return self.active.settled
 
     @property
+    def uneasy(self) -> bool:
+        """Whether the winner's last times were unlike those before."""
+        return self._drift is not None and self._drift.uneasy
+
+    @property
     def trials(self) -> int:
         """Measurements of others than the best plan known."""
         return self.search.standing.trials + (0 if self.race is None else self.race.standing.trials)

@@ -90,7 +90,7 @@ def test_without_noise_and_error_the_first_choice_stands():
 
 
 def test_noise_is_met_with_trials_and_not_with_a_wrong_winner():
-    """A plan that takes half as long again seldom wins, however noisy clocks are; quiet ones need few trials."""
+    """A plan that takes half as long again seldom wins, however noisy clocks are."""
     plans = [ExecutionPlan(r=1), ExecutionPlan(r=0), ExecutionPlan(r=1, degree=2)]
     truth = dict(zip(plans, (1.0, 1.5, 1.1), strict=True))
     trials = {}

@@ -91,6 +91,8 @@ def test_a_plan_that_slows_down_is_tuned_anew():
     bucket = report["buckets"][0]
     assert bucket["retuned"] == 1
     assert bucket["settled"]
+    assert {tuple(plan) for plan in plans[100:120]} == {tuple(BEST.encode())}
+    assert len({tuple(plan) for plan in plans[120:132]}) > 1  # noticed though sums had become seldom
     assert bucket["winner"] == "r=1 degree=2 linear ragged"
 
 
@@ -147,14 +149,25 @@ def test_usage_errors():
         TunerSettings(band=0)
 
 
+def steps_until_noticed(times):
+    """After a quiet time of 1 second a step; None: never."""
+    drift = Drift(band=0.25)
+    assert not any(drift.add(1.0, 0) for _ in range(20))
+    return next((i for i, seconds in enumerate(times, 1) if drift.add(seconds, 0)), None)
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_the_larger_a_drift_the_sooner_it_is_noticed(change):
+    assert steps_until_noticed([3**change] * 9) == 3
+    assert steps_until_noticed([1.5**change] * 9) == 6
+    assert steps_until_noticed([1.35**change] * 20) == 13
+    assert steps_until_noticed([1.2**change] * 99) is None
+
+
 def test_drift_needs_more_than_an_outlier():
+    assert steps_until_noticed([5.0] * 2 + ([1.0] * 3 + [5.0]) * 20) is None
     drift = Drift(band=0.25)
-    assert not any(drift.add(seconds, 0) for seconds in [1.0] * 16 + [5.0] * 4 + [1.0] * 10)
-    assert not any(drift.add(1.2, 0) for _ in range(20))
     assert not any(drift.add(2.0, context) for context in range(30))  # another context is no drift
-    drift = Drift(band=0.25)
-    answers = [drift.add(seconds, 0) for seconds in [1.0] * 21 + [0.6] * 9]
-    assert answers.index(True) == 25  # the fifth of the window's nine
     noisy = Drift(band=0.25)
     assert not any(noisy.add(math.exp(x), 0) for x in [0.0, 0.2, -0.2] * 7 + [0.6] * 12)
 
