@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
+
+from flexpert.core.errors import ConfigError
+from flexpert.core.files import check_writable
 
 NAME = "calibrate"
 HELP = "Measure products, links and overheads of the ranks that run this, in seconds, for the cost model."
@@ -14,6 +18,7 @@ EXAMPLES = (
     "flexpert emulate --nodes 4 --ranks 2 --bandwidth 200mbit --latency 500us -- flexpert calibrate",
     "flexpert calibrate --dtypes float32 bfloat16 --model-dim 1024 --hidden-dim 4096",
 )
+ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # where one process meets itself
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,22 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Measure and store; None on all ranks but the first."""
-    import os
-
     import torch.distributed as dist
 
-    from flexpert.parallel import init_process_group
+    from flexpert.parallel.together import Ranks
+    from flexpert.train.world import process_group, read_world
     from flexpert.tune.calibrate import calibrate, store
 
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }.items():
-        os.environ.setdefault(name, value)
-    init_process_group()
-    try:
+    world = read_world()
+    if world.size == 1:
+        for name, value in ALONE.items():
+            os.environ.setdefault(name, value)
+    with process_group(world, world.device()):
+        if options.out is not None:
+            Ranks().first(lambda: _prepare(options.out))
         machine = calibrate(
             dtypes=options.dtypes,
             model_dim=options.model_dim,
@@ -58,8 +60,15 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         if dist.get_rank():
             return None
         return {"file": str(store(machine, options.out)), "machine": machine.to_dict()}
-    finally:
-        dist.destroy_process_group()
+
+
+def _prepare(path: Path) -> None:
+    """Make the folder of the result and refuse a file that cannot be written, before anything is measured."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={str(path)!r}: cannot make {path.parent}: {error.strerror}") from error
+    check_writable(path)
 
 
 def describe(result: dict[str, Any]) -> str:

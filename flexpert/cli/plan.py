@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from flexpert.core.config import require_int
+from flexpert.core.files import check_writable
+
 from .simulate import add_job_arguments, job
 
 NAME = "plan"
@@ -34,13 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Search; the ranked plans, those that do not fit, and the sensitivity."""
+    from flexpert.monitor.plots import pyplot
     from flexpert.simulate import recommend
-    from flexpert.simulate.output import check_file
+    from flexpert.simulate.output import meshes
 
+    require_int("top", options.top, least=1)
     model, cluster, traffic = job(options)
-    for path in (options.map, options.scaling):
-        if path is not None:
-            check_file(path)
+    pictures = [path for path in (options.map, options.scaling) if path is not None]
+    for path in pictures:
+        check_writable(path)
+    if pictures:
+        pyplot()
     found = recommend(model, cluster, options.batch, traffic=traffic, sensitivity=options.sensitivity)
     files: list[str] = []
     if options.map is not None:
@@ -59,7 +66,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "ranks": cluster.ranks,
         "batch": options.batch,
         "sample": model.sample,
-        **found.to_dict(max(options.top, 1)),
+        **found.to_dict(options.top),
+        "meshes": meshes(model, cluster, found.best.plan),
         "files": files,
     }
 

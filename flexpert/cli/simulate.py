@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexpert.core.errors import ConfigError
+from flexpert.core.files import check_writable
 
 NAME = "simulate"
 HELP = "Predict a training step on a cluster: time by phase, memory, bottleneck; or a paper's tables."
@@ -80,12 +81,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
         return reproduce(options.paper)
     from flexpert.simulate import JobPlan, simulate
-    from flexpert.simulate.output import check_file, write_timeline
+    from flexpert.simulate.output import write_timeline
 
     model, cluster, traffic = job(options)
     plan = JobPlan.parse(options.plan)
-    for path in filter(None, (options.timeline, options.plot)):
-        check_file(path)
+    _check_output(options)
     step = simulate(
         model, cluster, options.batch, plan, traffic=traffic, step=options.step, backward=options.backward
     )
@@ -108,6 +108,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **step.to_dict(),
         "files": files,
     }
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    """Refuse what cannot be written, before anything is simulated."""
+    from flexpert.monitor.plots import pyplot
+
+    for path in filter(None, (options.timeline, options.plot)):
+        check_writable(path)
+    if options.plot:
+        pyplot()
+    if options.ranks and not (options.timeline or options.plot):
+        raise ConfigError(f"--ranks {options.ranks[0]} ...: of which timeline? give --timeline or --plot too")
 
 
 def describe(result: dict[str, Any]) -> str:

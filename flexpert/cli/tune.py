@@ -36,19 +36,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: nothing there, a damaged file, or a limit below 1.
     """
+    from flexpert.train.tuning import PLANS
     from flexpert.tune import Dictionary
+    from flexpert.tune.log import count_steps
     from flexpert.tune.report import bucket_report
 
     if options.limit < 1:
         raise ConfigError(f"limit={options.limit}: expected an integer >= 1")
-    found = []
+    found: list[dict[str, Any]] = []
     for path in _files(options.explain):
-        dictionary = Dictionary.read(path)
+        try:
+            dictionary = Dictionary.read(path)
+        except ConfigError as error:
+            if options.explain:
+                raise
+            found.append({"file": str(path), "place": {}, "buckets": [], "error": str(error)})
+            continue
         buckets = [
             bucket_report(shape, bucket, entry, dictionary.rows_per_bucket)
             for (shape, bucket), entry in sorted(dictionary.entries.items(), key=lambda item: item[0][1])
         ]
         found.append({"file": str(path), "place": dictionary.place, "buckets": buckets})
+        steps, trials = count_steps(path.with_name(PLANS))
+        if steps:
+            found[-1] |= {"steps": steps, "trials": trials, "share": trials / steps}
     return {"dictionaries": found, "limit": options.limit}
 
 
@@ -58,8 +69,14 @@ def describe(result: dict[str, Any]) -> str:
 
     parts = []
     for dictionary in result["dictionaries"]:
+        if "error" in dictionary:
+            parts.append(f"{dictionary['error']}\n  not used; the next run there writes it anew")
+            continue
         place = ", ".join(f"{name} {value}" for name, value in dictionary["place"].items() if value)
         parts.append(f"{dictionary['file']}\n  learnt on: {place}")
+        if "steps" in dictionary:
+            parts[-1] += f"\n  plans tried in {dictionary['trials']} of {dictionary['steps']} steps"
+            parts[-1] += f" ({dictionary['share']:.1%})"
         parts += [table(bucket, result["limit"]) for bucket in dictionary["buckets"]] or ["  no workload yet"]
     return "\n\n".join(parts)
 
@@ -79,7 +96,9 @@ def _files(given: str) -> list[Path]:
         return [path]
     folder = cache_folder() / "tune"
     files = [
-        path for path in sorted(folder.glob("*.json")) if FORMAT in path.read_text(encoding="utf-8")[:200]
+        path
+        for path in sorted(folder.glob("*.json"))
+        if FORMAT in path.read_text(encoding="utf-8", errors="replace")[:200]
     ]
     if not files:
         raise ConfigError(f"{folder} holds no dictionary yet; train on several ranks, or name a run or file")

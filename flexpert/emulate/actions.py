@@ -7,6 +7,7 @@ from collections.abc import Callable
 from flexpert.core.errors import ConfigError
 
 from .cluster import Cluster
+from .spec import ClusterSpec
 from .units import parse_rate, parse_time
 
 ACTIONS: dict[str, tuple[str, Callable[[Cluster, int, str], None]]] = {
@@ -25,16 +26,21 @@ def usage() -> str:
     return ", ".join(f"{name} {arguments}" for name, (arguments, _) in ACTIONS.items())
 
 
-def parse_action(text: str) -> Callable[[Cluster], None]:
-    """The action that a line asks for.
+def parse_action(text: str, spec: ClusterSpec | None = None) -> Callable[[Cluster], None]:
+    """The action that a line asks for, of the nodes and ranks of a cluster where that is given.
 
     Raises:
-        ConfigError: there is no such action, or its arguments are others.
+        ConfigError: there is no such action, its arguments are others, or no such node or rank.
     """
     name, *arguments = text.split() or [""]
     wanted, act = ACTIONS.get(name, ("", None))
     if act is None or len(arguments) != len(wanted.split()) or not arguments[0].isdecimal():
         raise ConfigError(f"action {text!r} is unknown; possible are: {usage()}")
+    if spec is not None:
+        kind = wanted.split()[0].lower()
+        last = (spec.nodes if kind == "node" else spec.world_size) - 1
+        if int(arguments[0]) > last:
+            raise ConfigError(f"action {text!r}: the cluster has the {kind}s 0 to {last}")
     if name == "rate":
         parse_rate(arguments[1], name)
     if name == "latency":

@@ -61,7 +61,7 @@ def rank_environment(network: Network, place: Place, port: int) -> dict[str, str
         "MASTER_ADDR": network.address(0),
         "MASTER_PORT": port,
         "GLOO_SOCKET_IFNAME": network.device,
-        "FLEXPERT_EMULATE": network.mode,
+        "FLEXPERT_EMULATE": f"{network.mode}, {spec.describe()}",  # a machine of its own to the tuner
     }
     return {**DEFAULTS, **os.environ, **{name: str(value) for name, value in own.items()}}
 

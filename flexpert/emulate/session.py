@@ -67,7 +67,7 @@ class Session:
             raise ConfigError(f"only_rank={self.only_rank}: the cluster has the ranks 0 to {world - 1}")
         program = program_to_fork(self.command, self.fork)
         for _, text in self.at:
-            parse_action(text)  # refuses a wrong one now, not in the middle
+            parse_action(text, cluster.spec)  # refuses a wrong one now, not in the middle
         if program is not None:
             preload([*PRELOADED, *self.preload])
         begin = time.monotonic()

@@ -208,7 +208,8 @@ def expert_mesh(
         )
     members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
     _check_ranks(members)
-    per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    local = os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())
+    per_node = int(local) if ranks_per_node is None else ranks_per_node
     if per_node < 1:
         raise ConfigError(f"ranks_per_node={ranks_per_node!r}: expected an integer >= 1")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,7 @@ devices: 4                     # of each node
 machine: a100-ndv4             # a preset, the file of a calibration, or its content
 unlike:
 - {node: 3, link: 0.5}       # half the bandwidth between the nodes
-- {rank: 9, compute: 0.8}
+- {rank: 9, compute: 0.8, memory: 0.5}
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ MAX_RANKS = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class Unlike:
-    """A node or a rank that is not as fast as the others.
+    """A node or a rank that is not as fast, or has not as much memory, as the others.
 
     Attributes:
         node: which node; None where a rank is meant.
         rank: which rank; None where a node is meant.
         compute: speed of its products and copies, as a share of the usual one.
         link: bandwidth of its link to other nodes, as a share of the usual one; of nodes.
+        memory: of its devices, as a share of the usual one.
     """
 
     node: int | None = None
     rank: int | None = None
     compute: float = 1.0
     link: float = 1.0
+    memory: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Cluster:
         name: of it.
         nodes, devices: nodes, and devices of each.
         machine: rates, links and memory; see `flexpert.tune.Machine`.
-        unlike: nodes and ranks that are not as fast as the others.
+        unlike: nodes and ranks that are not as fast, or as large, as the others.
 
     Raises:
         ConfigError: a value that cannot be; the message names the field.
@@ -89,6 +91,7 @@ class Cluster:
                 raise ConfigError(f"{where}: {name}={value!r}, expected an integer in 0..{count - 1}")
         require_number(f"{where}: compute", entry.compute, above=0)
         require_number(f"{where}: link", entry.link, above=0)
+        require_number(f"{where}: memory", entry.memory, above=0)
         if entry.rank is not None and entry.link != 1.0:
             raise ConfigError(f"{where}: link={entry.link!r} of a rank; links are of nodes, set node")
 
@@ -121,6 +124,11 @@ class Cluster:
             if entry.node is not None:
                 speed_N[entry.node] *= entry.link
         return speed_N
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the device with least; 0: unknown. All ranks hold equally much, so that one must fit."""
+        return int(self.machine.memory * min([1.0, *(entry.memory for entry in self.unlike)]))
 
     def with_machine(self, **changes: Any) -> Cluster:
         """The same cluster of another machine: fields of `Machine` in place of its own."""
@@ -213,4 +221,7 @@ def _machine(value: Any) -> Machine:
         return preset(value)
     if not Path(value).exists():
         raise ConfigError(f"cluster: machine={value!r} is no file and no preset: {suggest(value, DEVICES)}")
-    return Machine.from_json(Path(value).read_text(encoding="utf-8"))
+    try:
+        return Machine.from_json(Path(value).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cluster: machine={value!r} is not the file of a calibration: {error}") from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flexpert.core.config import require_int
+from flexpert.core.config import require_bool, require_int
 from flexpert.core.errors import ConfigError, FlexpertError
 from flexpert.core.registry import check_options, keyword_names, suggest
 
@@ -109,10 +109,14 @@ def language(
         every, first: each `every`-th layer from `first` on has experts, counted from 0.
         dtype: that it computes in; parameters are kept in float32.
     """
-    for key, value in {"layers": layers, "heads": heads, "length": length, "every": every}.items():
-        require_int(f"model: {key}", value, least=1)
-    for key, value in {"vocabulary": vocabulary, "first": first, "shared_dim": shared_dim}.items():
-        require_int(f"model: {key}", value, least=0)
+    _require_ints(
+        1, layers=layers, model_dim=model_dim, heads=heads, hidden_dim=hidden_dim, length=length, every=every
+    )
+    chosen = {"kv_heads": kv_heads, "head_dim": head_dim, "expert_dim": expert_dim}
+    _require_ints(1, **{name: value for name, value in chosen.items() if value is not None})
+    _require_ints(0, vocabulary=vocabulary, first=first, shared_dim=shared_dim, num_experts=num_experts)
+    require_bool("model: tied", tied)
+    require_bool("model: gated", gated)
     head_dim = model_dim // heads if head_dim is None else head_dim
     kv_heads = heads if kv_heads is None else kv_heads
     part = ExpertPart(
@@ -141,6 +145,11 @@ def language(
         )
     )  # fmt: skip
     return Model(name=name, blocks=tuple(blocks), sample="sequence", dtype=dtype)
+
+
+def _require_ints(least: int, **values: Any) -> None:
+    for name, value in values.items():
+        require_int(f"model: {name}", value, least=least)
 
 
 def _decoder_layer(

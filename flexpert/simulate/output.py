@@ -6,21 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexpert.core.errors import ConfigError
+from flexpert.parallel.mesh import mesh_shape
 from flexpert.parallel.timeline import write_chrome
 
+from .cluster import Cluster
 from .job import JobPlan
+from .model import Model
 from .step import Step
-
-
-def check_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before anything is computed.
-
-    Raises:
-        ConfigError: its folder is missing.
-    """
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.parent}")
 
 
 def write_timeline(step: Step, trace: Path | None, picture: Path | None) -> list[str]:
@@ -122,6 +114,35 @@ def size(value: float) -> str:
     return f"{value:.0f} B"
 
 
+def meshes(model: Model, cluster: Cluster, plan: JobPlan) -> dict[str, dict[str, int]]:
+    """The factors of a plan's meshes: "dense", and "experts" where there are some."""
+    found = {"dense": {"copies": cluster.ranks // plan.dense_shards, "shards": plan.dense_shards}}
+    if model.num_experts:
+        shape = mesh_shape(model.num_experts, cluster.ranks, plan.replicas, plan.slices)
+        found["experts"] = dict(zip(("replica", "expert", "slice"), shape, strict=True))
+    return found
+
+
+def plan_words(result: Mapping[str, Any]) -> list[str]:
+    """The best plan with all that it says, in lines."""
+    plan, each = result["best"]["plan"], result["batch"] // result["ranks"]
+    dense, experts = result["meshes"]["dense"], result["meshes"].get("experts")
+    kind = "FSDP" if dense["copies"] == 1 else "DDP" if dense["shards"] == 1 else "FSDP, copied"
+    if dense["copies"] == dense["shards"] == 1:
+        kind = "one rank"
+    lines = [f"dense layers: {dense['copies']} copies x {dense['shards']} shards ({kind})"]
+    if experts:
+        axes = " x ".join(f"{count} {axis}" for axis, count in experts.items())
+        way = f"degree {plan['degree']}, {plan['algorithm']} all-to-all, {plan['capacity']}"
+        lines.append(f"experts: mesh {axes}; r = {plan['r']}" + (f", {way}" if plan["r"] else ""))
+    size = plan["micro_batch"] or each
+    again = "with" if plan["checkpointing"] else "without"
+    lines.append(
+        f"a rank: {each // size} x {size} {result['sample']}s a step, {again} activation checkpointing"
+    )
+    return [f"  {line}" for line in lines]
+
+
 def plan_text(result: Mapping[str, Any]) -> str:
     """Ranked plans, what does not fit, and what would change the answer, in lines."""
     best, budget = result["best"], result["budget"]
@@ -130,6 +151,7 @@ def plan_text(result: Mapping[str, Any]) -> str:
         f"{result['sample']}s a step: {result['considered']} plans, {result['num_refused']} do not fit "
         f"{size(budget) if budget else 'unknown memory'}",
         f"best: {best['describe']}",
+        *plan_words(result),
         "",
     ]
     rows = [

@@ -33,7 +33,7 @@ def timeline(step: Step, path: Path) -> None:
     )
     axes.invert_yaxis()
     figure.legend(handles, list(colors), loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -64,7 +64,7 @@ def curves(
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -88,5 +88,5 @@ def plan_map(
         xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows,
         xlabel="tokens of a rank", ylabel="parameters of an expert", title=title,
     )  # fmt: skip
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

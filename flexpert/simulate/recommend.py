@@ -123,7 +123,7 @@ def recommend(
     """
     require_int("batch", batch, least=1)
     ranked, refused = search(model, cluster, batch, traffic)
-    budget = int(MARGIN * cluster.machine.memory)
+    budget = int(MARGIN * cluster.memory)
     if not ranked:
         least = refused[0]
         largest = max(least.memory, key=least.memory.__getitem__)
@@ -147,7 +147,7 @@ def search(
     model: Model, cluster: Cluster, batch: int, traffic: Traffic | None
 ) -> tuple[list[Choice], list[Refusal]]:
     """Plans that fit in order of time, and the others in order of memory."""
-    budget = MARGIN * cluster.machine.memory
+    budget = MARGIN * cluster.memory
     tried: dict[JobPlan, Step] = {}
     refused: dict[JobPlan, Refusal] = {}
 

@@ -279,7 +279,7 @@ def _result(model: Model, batch: int, network: _Network, clocks: Clocks, backwar
         waiting=float(waiting_W.mean()) / seconds,
         straggler=float(waiting_W.median() - waiting_W[rank]) > 0.05 * seconds,
         memory=memory_of_job(model, network.plan, network.samples, network.layers),
-        capacity=machine.memory,
+        capacity=clocks.cluster.memory,
         bytes_inside=int(inside_W[most]),
         bytes_between=int(between_W[most]),
         samples_per_second=batch / seconds,

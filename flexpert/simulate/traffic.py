@@ -132,10 +132,13 @@ class Recorded:
         if path.name == "metrics.jsonl":
             path = path.parent
         if path.is_dir():
-            lines = [line["load"] for line in read_metrics(path) if line.get("load")]
-            if not lines:
-                raise ConfigError(f"traffic: {path} has no metrics.jsonl with the load of experts")
-            raw = {name: [line[name] for line in lines if name in line] for name in lines[0]}
+            try:
+                lines = [line["load"] for line in read_metrics(path) if line.get("load")]
+                raw = {name: [line[name] for line in lines if name in line] for name in lines[0]}
+            except IndexError:
+                raise ConfigError(f"traffic: {path} has no metrics.jsonl with the load of experts") from None
+            except (OSError, ValueError, AttributeError, TypeError) as error:
+                raise ConfigError(f"traffic: {path}/metrics.jsonl is damaged: {error}") from error
         else:
             try:
                 raw = json.loads(path.read_text(encoding="utf-8"))["layers"]

@@ -13,7 +13,7 @@ import yaml
 
 from flexpert.core.errors import ConfigError
 
-from .config import TrainConfig, decode
+from .config import TrainConfig, load_config
 
 _MAY_DIFFER = ("ranks", "parallel")  # a run goes on under any layout
 _LAUNCH = "launch.json"  # which torchrun started the run, so that its restarts find it
@@ -49,12 +49,12 @@ def stored_config(folder: Path) -> TrainConfig:
     """The settings of a run.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has none, or a damaged one.
     """
     path = folder / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
-    return decode(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+    return load_config(path)
 
 
 def _go_on(config: TrainConfig, folder: Path) -> Path:

@@ -62,7 +62,9 @@ class MetricsLines:
         tokens_per_second = self._task.tokens_per_step * steps / (seconds - self._seconds)
         slow = stragglers.figures()
         with stragglers.paused():
-            whole = self._ranks.figures(result)
+            whole, traffic = self._ranks.figures(result), self._ranks.traffic(steps)
+            for plan in traffic.get("plans", {}).values():
+                plan["tokens_per_second"] = round(self._task.tokens_per_step / plan.pop("seconds"), 1)
             line = {
                 "step": done,
                 "steps": self._total,
@@ -70,7 +72,7 @@ class MetricsLines:
                 "lr": lr,
                 "tokens_per_second": round(tokens_per_second, 1),
                 "ranks": self._ranks.world.size,
-                **self._ranks.traffic(steps),
+                **traffic,
                 **slow,
                 "loss": float(whole.loss),
                 **{name: float(value) for name, value in whole.metrics.items()},

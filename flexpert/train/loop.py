@@ -63,7 +63,7 @@ def fit(
     saving = CheckpointSaver(folder / "checkpoints", asynchronous=config.checkpoint_async)
     with saving as saver, ranks.timed(task.model, optimizer) as stragglers:
         for step in range(start, total):
-            with ranks.tuning.step(step):
+            with ranks.tuning.step(step), ranks.counted():
                 result = _step(task, ranks, optimizer, config, step, total)
             if balancer is not None:
                 balancer.observe(result.stats)

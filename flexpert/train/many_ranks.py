@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -70,6 +71,7 @@ class ManyRanks(OneRank):
         self.layout = ParallelConfig() if layout is None else layout
         self.mesh: ExpertMesh | None = None
         self._dense_heartbeat: Heartbeat | None = None
+        self._by_plan: dict[str, list[float]] = {}  # steps, seconds, bytes inside and between nodes
         everyone = dist.group.WORLD
         if everyone is None:
             raise DistributedError("no process group is initialised; `join` makes one")
@@ -122,10 +124,26 @@ class ManyRanks(OneRank):
         """The tensors of the model as one process has them, on rank 0; nothing elsewhere."""
         return full_state_dict(model)
 
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Around a step, inside that of the tuner: what it takes is noted for the plans that it runs."""
+        tuner = self.tuning.tuner
+        if tuner is None or self.mesh is None:
+            yield
+            return
+        sent, begin = self.mesh.traffic, time.perf_counter()
+        inside, between = sent.inside, sent.between
+        yield
+        taken = 1, time.perf_counter() - begin, sent.inside - inside, sent.between - between
+        before = self._by_plan.get(tuner.describe_plans(), [0.0] * 4)
+        self._by_plan[tuner.describe_plans()] = [x + y for x, y in zip(before, taken, strict=True)]
+
     def traffic(self, steps: int) -> dict[str, Any]:
         """The plan, and the bytes of a step that all ranks sent to others of their node and of other nodes.
 
-        Counted are rows, parameters and gradients of the experts, not the averages of dense layers.
+        Counted are rows, parameters and gradients of the experts, not the averages of dense layers. Where
+        the tuner chooses, "plans" has the plans of these steps: how many had each, and the mean of one's
+        seconds and bytes.
         """
         if self.mesh is None:
             return {}
@@ -133,9 +151,26 @@ class ManyRanks(OneRank):
         self.mesh.traffic.reset()
         inside, between = (round(sent / steps) for sent in self.total(own).tolist())
         text = " ".join(f"{name}={value}" for name, value in _static(self.layout).to_dict().items())
+        found: dict[str, Any] = {"plan": text, "bytes_inside": inside, "bytes_between": between}
         if self.tuning.tuner is not None:
-            text = self.tuning.tuner.describe_plans()
-        return {"plan": text, "bytes_inside": inside, "bytes_between": between}
+            found |= {"plan": self.tuning.tuner.describe_plans(), "plans": self._plans()}
+        return found
+
+    def _plans(self) -> dict[str, dict[str, float]]:
+        """What `counted` has noted since the last call."""
+        noted, self._by_plan = self._by_plan, {}
+        own = torch.tensor([taken[1:] for taken in noted.values()], dtype=torch.float64, device=self.device)
+        return {
+            text: {
+                "steps": int(steps),
+                "seconds": seconds / self.world.size / steps,
+                "bytes_inside": round(inside / steps),
+                "bytes_between": round(between / steps),
+            }
+            for (text, (steps, *_)), (seconds, inside, between) in zip(
+                noted.items(), self.total(own).tolist(), strict=True
+            )
+        }
 
     @contextmanager
     def timed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Stragglers]:

@@ -56,6 +56,10 @@ class OneRank:
         """The tensors of a model as one process has them, on rank 0; every rank calls this."""
         return model.state_dict()
 
+    def counted(self) -> AbstractContextManager[None]:
+        """Around a step: notes what `traffic` tells of its plan."""
+        return nullcontext()
+
     def traffic(self, steps: int) -> dict[str, Any]:
         """What to log of the experts' exchange in so many steps since the last call; every rank calls it."""
         return {}

@@ -15,13 +15,17 @@ from torch import Tensor
 
 from flexpert.core.errors import DistributedError
 from flexpert.parallel import fault_guard
+from flexpert.parallel.agree import agree, default_timeout, versions
 
 from .config import TrainConfig
 from .many_ranks import ManyRanks
 from .one_rank import OneRank
-from .world import process_group, read_world
+from .world import World, process_group, read_world
 
 __all__ = ["ManyRanks", "OneRank", "join", "weighted"]
+
+_GROUPS = ("data", "optimizer", "parallel")  # of settings
+_OWN = ("output", "ranks", "threads", "device", "data.folder")  # settings of each rank's own
 
 
 @contextmanager
@@ -31,7 +35,8 @@ def join(config: TrainConfig) -> Iterator[OneRank]:
     What fails on a rank inside the `with` ends it on all, see `fault_guard`.
 
     Raises:
-        DistributedError: an environment that cannot be, ranks that do not meet, or a rank that is lost.
+        DistributedError: an environment that cannot be, ranks that do not meet, or have other settings, or a
+            rank that is lost.
     """
     world = read_world()
     if config.ranks not in (None, world.size):
@@ -46,6 +51,7 @@ def join(config: TrainConfig) -> Iterator[OneRank]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with process_group(world, device, backend=config.backend, timeout=config.timeout):
+        _agree_on(config, world, device)
         dtype = getattr(torch, config.optimizer.dtype)
         ranks = ManyRanks(world, device, config.parallel, dtype)
         try:
@@ -53,6 +59,16 @@ def join(config: TrainConfig) -> Iterator[OneRank]:
                 yield ranks
         finally:
             ranks.close()
+
+
+def _agree_on(config: TrainConfig, world: World, device: torch.device) -> None:
+    """Refuse ranks with unlike settings: they would train unlike models, or wait for each other for ever."""
+    facts: dict[str, object] = dict(versions())
+    for name, value in config.to_dict().items():
+        group = value if name in _GROUPS else {"": value}
+        facts |= {f"{name}.{key}".rstrip("."): inner for key, inner in group.items()}
+    facts = {name: value for name, value in facts.items() if name not in _OWN}
+    agree("the training job", facts, range(world.size), default_timeout(device.type))
 
 
 def weighted(value: Tensor, weight: float) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ PLANS, KNOWN = "plans.jsonl", "tuner.json"  # in a run's folder: every step's pl
 class Tuning:
     """The tuner of a model that is laid out over the ranks of a mesh; every rank makes one.
 
-    The machine is measured once, which takes some seconds, and kept in the user's cache.
+    The machine is measured once, which takes some seconds, and kept in the user's cache and in checkpoints.
 
     Args:
         model: after `parallelize`.
@@ -49,11 +50,11 @@ class Tuning:
     """
 
     def __init__(self, model: nn.Module, mesh: ExpertMesh, dtype: torch.dtype, deterministic: bool) -> None:
-        self._ranks = Ranks()
-        machine = _machine(mesh, dtype, self._ranks)
-        facts = {"machine": digest_of(machine)}
-        self._cache = Path(self._ranks.first(lambda: str(dictionary_path(mesh, facts))))
-        self.tuner = Tuner(cost_of(machine), TunerSettings(deterministic=deterministic))
+        self._ranks, self._mesh = Ranks(), mesh
+        self._machine = _machine(mesh, dtype, self._ranks)
+        facts = {"machine": digest_of(self._machine)}
+        self._cache = self._cache_of(facts)
+        self.tuner = Tuner(cost_of(self._machine), TunerSettings(deterministic=deterministic))
         attach(model, self.tuner, machine=facts, dictionary=self._cache, dtype=dtype)
         self._folder: Path | None = None
 
@@ -67,6 +68,7 @@ class Tuning:
         """
         self._folder = folder
         if state is not None:
+            self._recall(state.get("machine"))
             self.tuner.load_state_dict(state)
 
         def rewind() -> list[Any]:
@@ -92,12 +94,32 @@ class Tuning:
         """For the checkpoint; rank 0 also writes it into the run's folder, for `flexpert tune --explain`."""
         if self._ranks.rank == 0 and self._folder is not None:
             self.tuner.save(self._folder / KNOWN)
-        return self.tuner.state_dict()
+        return {**self.tuner.state_dict(), "machine": self._machine.to_dict()}
 
     def finish(self) -> None:
-        """Keep what was learnt for other runs."""
+        """Keep what was learnt for other runs, where the user's cache can be written to."""
         if self._ranks.rank == 0:
-            self.tuner.save(self._cache)
+            _keep("what was learnt of plans", lambda: self.tuner.save(self._cache))
+
+    def _recall(self, data: Any) -> None:
+        """Go on with the machine's numbers that the run began with, if they are of such ranks.
+
+        Measured anew, in a fresh cache, they differ a little, and what the run has learnt would not hold.
+        """
+        try:
+            machine = Machine.from_dict(data or {})
+        except ConfigError:
+            return
+        if _told(machine) != _told(self._machine) or machine.rates.keys() != self._machine.rates.keys():
+            return
+        facts = {"machine": digest_of(machine)}
+        if facts != {"machine": digest_of(self._machine)}:
+            self._machine, self._cache = machine, self._cache_of(facts)
+            self.tuner.predict_with(cost_of(machine), facts)
+
+    def _cache_of(self, facts: Mapping[str, Any]) -> Path:
+        """The file of what is known of plans on such a machine."""
+        return Path(self._ranks.first(lambda: str(dictionary_path(self._mesh, facts))))
 
 
 class NoTuning:
@@ -132,18 +154,35 @@ def make_tuning(
 
 
 def _machine(mesh: ExpertMesh, dtype: torch.dtype, ranks: Ranks) -> Machine:
-    """The machine of these ranks: the one measured before, else measured now."""
+    """The machine of these ranks, for one dtype: as it was measured before, else measured now."""
     name = str(dtype).removeprefix("torch.")
 
     def read() -> str:
-        machine = stored(mesh, name)
+        machine = stored(mesh)
         return "" if machine is None else machine.to_json()
 
     text = ranks.first(read)
-    if text:
-        return Machine.from_json(text)
+    known = Machine.from_json(text) if text else None
+    if known is not None and name in known.rates:
+        return known.only(name)
     if ranks.rank == 0:
         _log.info("measuring the ranks' machine, once, for the tuner")
     machine = calibrate(dtypes=(name,), ranks_per_node=mesh.ranks_per_node)
-    ranks.first(lambda: str(store(machine)))
-    return machine
+    if known is not None:  # other numbers would be another machine, of whose plans nothing is known
+        machine = dataclasses.replace(known, rates={**known.rates, **machine.rates})
+    if ranks.rank == 0:
+        _keep("the machine's numbers", lambda: store(machine))
+    return machine.only(name)
+
+
+def _told(machine: Machine) -> dict[str, Any]:
+    """What the machine says of itself, but for how long it took to measure it."""
+    return {name: value for name, value in machine.facts.items() if name != "seconds"}
+
+
+def _keep(what: str, write: Callable[[], object]) -> None:
+    """Write to the user's cache; where that cannot be, the run goes on without."""
+    try:
+        write()
+    except ConfigError as error:
+        _log.warning("%s: not kept for other runs: %s", what, error)

@@ -138,10 +138,11 @@ def _attach_alone(
 def place_of(mesh: ExpertMesh | None) -> dict[str, Any]:
     """Facts of ranks and machine that knowledge about plans depends on; None: of one process."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    alone = {"ranks": 1, "ranks_per_node": 1, "threads": torch.get_num_threads()}
-    ranks = {} if mesh is None else {"ranks": mesh.everyone.size, "ranks_per_node": mesh.ranks_per_node}
+    ranks, each = (1, 1) if mesh is None else (mesh.everyone.size, mesh.ranks_per_node)
     return {
-        **(ranks or alone),
+        "ranks": ranks,
+        "ranks_per_node": each,
+        "threads": torch.get_num_threads(),
         "processor": processor()[0],
         "cores": os.cpu_count(),
         "gpu": gpu,

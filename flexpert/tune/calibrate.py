@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from flexpert.core.errors import ConfigError
+from flexpert.core.files import check_writable
 from flexpert.ops.cpu.build import cache_folder
 from flexpert.parallel.mesh import ExpertMesh, expert_mesh
 
@@ -222,23 +223,26 @@ def store(machine: Machine, path: Path | None = None) -> Path:
     """Write a machine to a file, whole or not at all; None: where `machine_file` says.
 
     Raises:
-        OSError: it cannot be written.
+        ConfigError: it cannot be written.
     """
     path = machine_file(dict(machine.facts)) if path is None else path
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(machine.to_json(), encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
+        partial.write_text(machine.to_json(), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}; name another file") from error
     return path
 
 
-def stored(mesh: ExpertMesh, dtype: str) -> Machine | None:
-    """The machine that was stored for such ranks, with the rates of a dtype; None where there is none.
+def stored(mesh: ExpertMesh) -> Machine | None:
+    """The machine that was stored for such ranks; None where there is none.
 
     A damaged file is none: measuring anew is cheap.
     """
     try:
-        machine = Machine.from_json(machine_file(_facts(mesh)).read_text(encoding="utf-8"))
-    except (OSError, ConfigError):
+        return Machine.from_json(machine_file(_facts(mesh)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ConfigError is one, and so is a text that is no UTF-8
         return None
-    return machine if dtype in machine.rates else None

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from flexpert.core.errors import ConfigError, FlexpertError
+from flexpert.core.plan import ExecutionPlan
 
 from .bucket import Bucket
+from .cost import check
 from .entry import Entry
 from .limits import Limits
 from .workload import LayerShape
@@ -96,9 +98,13 @@ class Dictionary:
         try:
             result = cls(data["place"], int(data["rows_per_bucket"]))
             for item in data["entries"]:
-                key = LayerShape.from_dict(item["shape"]), Bucket.from_dict(item["bucket"])
-                result.entries[key] = Entry.from_dict(item, key[0], limits)
-        except (LookupError, TypeError, ValueError, FlexpertError) as error:
+                shape, bucket = LayerShape.from_dict(item["shape"]), Bucket.from_dict(item["bucket"])
+                entry = Entry.from_dict(item, shape, limits)
+                plans = [candidate.plan for candidate in entry.search.candidates]
+                for plan in [*plans, *(ExecutionPlan(kernel=kernel) for kernel in entry.kernels)]:
+                    check(shape, plan)
+                result.entries[shape, bucket] = entry
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError, FlexpertError) as error:
             raise ConfigError(f"it is damaged ({type(error).__name__}: {error})") from error
         return result
 
@@ -110,23 +116,26 @@ class Dictionary:
             ConfigError: no such file, or not a whole dictionary; the message names it.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")), limits)
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise ConfigError(f"{path}: it is no JSON ({error})") from error
+        try:
+            return cls.from_dict(data, limits)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
     def take(self, path: Path, limits: Limits | None = None) -> None:
         """Merge what a file knows about this place; a damaged or foreign one gives a warning, no more."""
-        if not Path(path).exists():
-            return
         try:
             found = Dictionary.read(path, limits)
             self.check_place(found)
         except ConfigError as error:
-            warnings.warn(f"the tuner's dictionary is not used and will be rebuilt: {error}", stacklevel=2)
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                return
+            text = str(error) if str(path) in str(error) else f"{path}: {error}"
+            warnings.warn(f"the tuner's dictionary is not used and will be rebuilt: {text}", stacklevel=2)
             return
         self.merge(found)
 

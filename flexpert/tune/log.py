@@ -53,7 +53,7 @@ class PlanLog:
         if not self.path.exists():
             return {}
         kept, cut = [], {}
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, 1):
             try:
                 found = json.loads(line)
@@ -62,7 +62,10 @@ class PlanLog:
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 if number == len(lines):
                     break
-                raise ConfigError(f"{self.path}, line {number}: no plans of a step ({error})") from error
+                raise ConfigError(
+                    f"{self.path}, line {number}: no plans of a step ({error}); move the file away, and the "
+                    f"run goes on without repeating them"
+                ) from error
             if place < step:
                 kept.append(line)
             else:
@@ -71,6 +74,15 @@ class PlanLog:
         fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         fresh.replace(self.path)
         return cut
+
+
+def count_steps(path: Path) -> tuple[int, int]:
+    """Steps in a log, and those of them that tried a plan; (0, 0) without a log."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return 0, 0
+    return len(lines), sum('"trial": true' in line for line in lines)
 
 
 def _text(plan: ExecutionPlan) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flexpert.core.errors import ConfigError
-from flexpert.core.registry import check_options
+
+from .fields import check_keys, check_numbers, is_number, read
 
 FORMAT = 1  # of `Machine.to_dict`
 
@@ -41,9 +41,9 @@ class Link:
     concurrency: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_numbers("link", self, ("latency", "per_message", "step", "ring_bandwidth"), least=0.0)
-        _check_numbers("link", self, ("bandwidth",), above=0.0)
-        _check_numbers("link", self, ("concurrency",), least=1.0)
+        check_numbers("link", self, ("latency", "per_message", "step", "ring_bandwidth"), least=0.0)
+        check_numbers("link", self, ("bandwidth",), above=0.0)
+        check_numbers("link", self, ("concurrency",), least=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,15 @@ class Rate:
     backward: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.rows or list(self.rows) != sorted(set(self.rows)) or self.rows[0] < 1:
-            raise ConfigError(f"rate: rows={list(self.rows)}, expected ascending integers >= 1")
+        rows = self.rows if isinstance(self.rows, tuple) else ()
+        counts = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in rows)
+        if not rows or not counts or list(rows) != sorted(set(rows)):
+            raise ConfigError(f"rate: rows={self.rows!r}, expected ascending integers >= 1")
         for name in ("forward", "backward"):
             values = getattr(self, name)
-            if len(values) != len(self.rows) or not all(math.isfinite(v) and v > 0 for v in values):
-                raise ConfigError(
-                    f"rate: {name}={list(values)}, expected {len(self.rows)} numbers > 0, as of rows"
-                )
+            fitting = isinstance(values, tuple) and len(values) == len(rows)
+            if not fitting or not all(is_number(v) and v > 0 for v in values):
+                raise ConfigError(f"rate: {name}={values!r}, expected {len(rows)} numbers > 0, as of rows")
 
     def slower(self, factor: float) -> Rate:
         """The rates by which everything takes `factor` times as long."""
@@ -145,7 +146,7 @@ class Overheads:
 
     def __post_init__(self) -> None:
         names = tuple(f.name for f in dataclasses.fields(self))
-        _check_numbers("overheads", self, names, least=0.0)
+        check_numbers("overheads", self, names, least=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,14 +183,16 @@ class Machine:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_numbers("machine", self, ("memory_bandwidth",), above=0.0)
-        _check_numbers("machine", self, ("reduce_scatter", "sharing"), least=1.0)
-        _check_numbers("machine", self, ("overlap",), least=0.0)
+        check_numbers("machine", self, ("memory_bandwidth",), above=0.0)
+        check_numbers("machine", self, ("reduce_scatter", "sharing"), least=1.0)
+        check_numbers("machine", self, ("overlap",), least=0.0)
         if self.overlap > 1:
             raise ConfigError(f"machine: overlap={self.overlap!r}, expected a number from 0 to 1")
-        _check_numbers("machine", self, ("memory",), least=0.0)
+        check_numbers("machine", self, ("memory",), least=0.0)
         if self.processors is not None:
-            _check_numbers("machine", self, ("processors",), above=0.0)
+            check_numbers("machine", self, ("processors",), above=0.0)
+        if not isinstance(self.facts, Mapping):
+            raise ConfigError(f"machine: facts={self.facts!r}, expected an object")
         if not self.rates:
             raise ConfigError("machine: rates={}, expected the rates of a dtype at least")
 
@@ -205,6 +208,14 @@ class Machine:
                 f"with this dtype"
             )
         return self.rates[dtype]
+
+    def only(self, dtype: str) -> Machine:
+        """The same machine with the rates of one dtype alone.
+
+        Raises:
+            ConfigError: they were not measured.
+        """
+        return dataclasses.replace(self, rates={dtype: self.rate(dtype)})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is its inverse."""
@@ -225,15 +236,13 @@ class Machine:
         data = dict(data)
         if (found := data.pop("format", None)) != FORMAT:
             raise ConfigError(f"machine: format={found!r}, this version reads {FORMAT}; calibrate anew")
-        _check_keys("machine", cls, data)
-        data["inside"] = _read("machine.inside", Link, data["inside"])
-        data["between"] = _read("machine.between", Link, data["between"])
-        data["overheads"] = _read("machine.overheads", Overheads, data.get("overheads", {}))
-        rates = {}
-        for dtype, rate in data["rates"].items():
-            where = f"machine.rates[{dtype}]"
-            _check_keys(where, Rate, rate)
-            rates[dtype] = _read(where, Rate, {name: tuple(values) for name, values in rate.items()})
+        check_keys("machine", cls, data)
+        data["inside"] = read("machine.inside", Link, data["inside"])
+        data["between"] = read("machine.between", Link, data["between"])
+        data["overheads"] = read("machine.overheads", Overheads, data.get("overheads", {}))
+        if not isinstance(data["rates"], Mapping):
+            raise ConfigError(f"machine: rates={data['rates']!r:.60}, expected an object")
+        rates = {dtype: read(f"machine.rates[{dtype}]", Rate, rate) for dtype, rate in data["rates"].items()}
         return cls(**{**data, "rates": rates})
 
     def to_json(self) -> str:
@@ -254,33 +263,3 @@ class Machine:
         if not isinstance(data, dict):
             raise ConfigError(f"machine: {type(data).__name__}, expected an object")
         return cls.from_dict(data)
-
-
-def _read(where: str, kind: Any, data: Any) -> Any:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}={data!r}: expected an object")
-    _check_keys(where, kind, data)
-    try:
-        return kind(**data)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _check_keys(where: str, kind: Any, data: Mapping[str, Any]) -> None:
-    fields = dataclasses.fields(kind)
-    check_options(where, data, [f.name for f in fields])
-    for f in fields:
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and f.name not in data:
-            raise ConfigError(f"{where}: {f.name} is missing")
-
-
-def _check_numbers(
-    where: str, owner: Any, names: Sequence[str], *, least: float | None = None, above: float | None = None
-) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or (least is not None and value < least) or (above is not None and value <= above):
-            bound = f">= {least:g}" if least is not None else f"> {above:g}"
-            raise ConfigError(f"{where}: {name}={value!r}, expected a number {bound}")

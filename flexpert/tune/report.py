@@ -87,13 +87,14 @@ def table(found: dict[str, Any], limit: int = 12) -> str:
     again = f", tuned anew {found['retuned']} times" if found["retuned"] else ""
     lines = [
         f"{found['bucket']} ({found['layer']})",
-        f"  {found['winner']}: {found['why']} [{state}, {found['trials']} trials{again}]",
+        f"  {found['winner']}: {found['why']} [{state}, {found['trials']} trials, of "
+        f"plans predicted up to {found['worst_tried']:.2f} times the best{again}]",
         f"  {'plan':<34}{'predicted ms':>13}{'step ms':>10}{'measured':>9}  against first choice",
         *map(_line, found["candidates"][:limit]),
     ]
-    more = len(found["candidates"]) - limit
-    if more > 0:
-        lines.append(f"  and {more} more that were not worth a trial, all predicted to be slower")
+    if rest := found["candidates"][limit:]:
+        tried = sum(row["measured"] > 0 for row in rest)
+        lines.append(f"  and {len(rest)} more, {tried or 'none'} of them tried")
     if found["kernels"]:
         lines += ["  the best of them with each kernel:", *map(_line, found["kernels"])]
     return "\n".join(lines)

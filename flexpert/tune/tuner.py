@@ -174,6 +174,16 @@ class Tuner:
             self.log.flush()
         self.dictionary.save(path)
 
+    def predict_with(self, cost: CostFunction, machine: Mapping[str, Any]) -> None:
+        """Predict as for another machine, after `attach` and before the first step; nothing is known then.
+
+        Args:
+            cost: as of the tuner.
+            machine: facts in place of those that `attach` was given.
+        """
+        self._cost = cost
+        self._choices = self._choices_for(self.layers, {**self.dictionary.place, **machine})
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with, as plain data (JSON)."""
         if self.log is not None:
@@ -189,19 +199,19 @@ class Tuner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; what belongs to another place is left out, and that is logged.
+        """Go on where `state_dict` was taken; what is damaged or of another place is left out, and logged.
 
-        Call it after `attach`, on every rank with the same state.
-
-        Raises:
-            ConfigError: a damaged state.
+        Call it after `attach`, on every rank with the same state. Deterministic plans are then those of the
+        state alone: what other runs have learnt since would change them.
         """
-        found = Dictionary.from_dict(state["dictionary"], self.settings.limits)
         try:
+            found = Dictionary.from_dict(state.get("dictionary"), self.settings.limits)
             self.dictionary.check_place(found)
         except ConfigError as error:
             _log.info("the tuner begins anew: %s", error)
             return
+        if self.settings.deterministic:
+            self.dictionary.entries.clear()
         self.dictionary.merge(found)
         if state["known"].keys() != self.layers.keys():
             return

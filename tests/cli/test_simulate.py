@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -54,11 +55,22 @@ def test_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(result["ranked"]) == 3
     assert result["best"] == result["ranked"][0]
     assert result["sensitivity"] == {}
+    axes, plan = result["meshes"], result["best"]["plan"]
+    assert axes["dense"] == {"copies": 16 // plan["dense_shards"], "shards": plan["dense_shards"]}
+    assert math.prod(axes["experts"].values()) == 16
+    assert axes["experts"]["replica"] == plan["replicas"]
     picture, curve = tmp_path / "map.png", tmp_path / "scaling.png"
     small = ["--model", "layer:num_experts=4", "--cluster", "a100-ndv4:devices=4", "--batch", "64"]
     assert main(["plan", *small, "--map", str(picture), "--scaling", str(curve)]) == 0
     out = capsys.readouterr().out
-    for words in ("best: ", "| 1 | ", "what would change the answer:", "batch x 2: "):
+    for words in (
+        "best: ",
+        "  experts: mesh ",
+        "  a rank: 1 x 16 tokens a step",
+        "| 1 | ",
+        "what would change the answer:",
+        "batch x 2: ",
+    ):
         assert words in out
     assert picture.stat().st_size > 1000
 
@@ -69,6 +81,17 @@ def test_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["simulate", "--model", "layer"], "simulate: error: --cluster is missing"),
         (["plan", *JOB[2:]], "plan: error: --model is missing"),
         (["simulate", *JOB, "--plan", "r=3"], "simulate: error: plan: r=3 with 1 slices"),
+        (["simulate", *JOB, "--plot", "."], "simulate: error: .: it is a folder"),
+        (["simulate", *JOB, "--ranks", "1"], "simulate: error: --ranks 1 ...: of which timeline?"),
+        (["simulate", *JOB, "--step", "-1"], "simulate: error: step=-1"),
+        (["simulate", *JOB[:-1], "0"], "simulate: error: batch=0"),
+        (["simulate", *JOB[:-1], "17"], "simulate: error: batch=17 does not divide over 16 ranks"),
+        (["plan", *JOB, "--top", "0"], "plan: error: top=0"),
+        (["plan", *JOB[:-1], "-16"], "plan: error: batch=-16"),
+        (
+            ["simulate", "--model", "layer:num_experts=12", *JOB[2:]],
+            "simulate: error: 12 experts on 16 ranks: one number must divide the other",
+        ),
         (
             ["simulate", *JOB, "--timeline", "/nowhere/x.json"],
             "simulate: error: /nowhere/x.json: there is no",

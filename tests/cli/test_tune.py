@@ -7,6 +7,8 @@ import json
 import pytest
 
 from flexpert.cli import main
+from flexpert.core.plan import ExecutionPlan
+from flexpert.tune.log import PlanLog
 from tests.tune.test_dictionary import make
 
 
@@ -55,3 +57,31 @@ def test_errors_in_one_line(tmp_path, capsys):
     assert "no JSON" in capsys.readouterr().err
     assert main(["tune", "--explain", str(tmp_path / "x.json"), "--limit", "0"]) == 2
     assert "limit=0" in capsys.readouterr().err
+
+
+def test_one_bad_file_of_the_cache_does_not_hide_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FLEXPERT_CACHE", str(tmp_path))
+    make([1]).save(tmp_path / "tune" / "b.json")
+    text = (tmp_path / "tune" / "b.json").read_text(encoding="utf-8")
+    (tmp_path / "tune" / "a.json").write_text(text[:-50], encoding="utf-8")
+    (tmp_path / "tune" / "c.json").write_bytes(b"\xff\xfe")  # no dictionary
+    assert main(["tune", "--explain", "--json"]) == 0
+    bad, good = json.loads(capsys.readouterr().out)["dictionaries"]
+    assert "a.json: it is no JSON" in bad["error"]
+    assert len(good["buckets"]) == 1
+    assert main(["tune", "--explain"]) == 0
+    out = capsys.readouterr().out
+    assert "not used" in out
+    assert "128..255 rows" in out
+
+
+def test_the_exploring_of_a_run_is_told(run_folder, capsys):
+    log = PlanLog(run_folder / "plans.jsonl")
+    for step in range(8):
+        log.write(step, {"a": ExecutionPlan()}, trial=step in (3, 5))
+    log.flush()
+    assert main(["tune", "--explain", str(run_folder), "--limit", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "plans tried in 2 of 8 steps (25.0%)" in out
+    assert "of plans predicted up to 1.20 times the best" in out
+    assert "and 2 more, 2 of them tried" in out

@@ -6,6 +6,7 @@ import pytest
 
 from flexpert.core.errors import ConfigError
 from flexpert.emulate.actions import parse_action
+from flexpert.emulate.spec import ClusterSpec
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,13 @@ def test_an_action_is_one_call(text: str, expected: object) -> None:
 def test_anything_else_is_refused_before(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_action(text)
+
+
+def test_nodes_and_ranks_that_a_cluster_has_not_are_refused_before() -> None:
+    spec = ClusterSpec.parse(2, 3)
+    parse_action("cut 1", spec)
+    parse_action("kill 5", spec)
+    with pytest.raises(ConfigError, match="'cut 2': the cluster has the nodes 0 to 1"):
+        parse_action("cut 2", spec)
+    with pytest.raises(ConfigError, match="'kill 6': the cluster has the ranks 0 to 5"):
+        parse_action("kill 6", spec)

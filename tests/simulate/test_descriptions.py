@@ -95,6 +95,11 @@ def test_bad_clusters_name_the_field(text, message):
         ("nodes: 2\ndevices: 2", "cluster: machine is missing"),
         ("nodes: 2\ndevices: 2\nmachine: 7", "cluster: machine=7"),
         ("nodes: 2\ndevices: 2\nmachine: b100", "cluster: machine='b100' is no file and no preset"),
+        ("nodes: 2\ndevices: 2\nmachine: .", "cluster: machine='.' is not the file of a calibration"),
+        (
+            "nodes: 2\ndevices: 2\nmachine: a100-ndv4\nunlike: [{rank: 1, memory: 0}]",
+            r"unlike\[0\]: memory=0",
+        ),
         ("nodes: 2\ndevices: 2\nmachine: {format: 99}", "machine: format=99"),
         ("nodes: 2\ndevices: 2\nmachine: a100-ndv4\nunlike: 3", "unlike=3, expected a list"),
         ("nodes: 2\ndevices: 2\nmachine: a100-ndv4\nunlike: [3]", r"unlike\[0\]=3, expected a mapping"),
@@ -133,12 +138,28 @@ def test_a_model_of_blocks_from_a_file(tmp_path):
         ("layer:top_k=9", "experts: top_k=9"),
         ("layer:dtype=int8", "model: dtype='int8', expected one of float32, bfloat16, float16"),
         ("mixtral-8x7b:layers=0", "model: layers=0"),
+        ("mixtral-8x7b:model_dim=wide", "model: model_dim='wide'"),
+        ("mixtral-8x7b:kv_heads=-1", "model: kv_heads=-1"),
+        ("mixtral-8x7b:head_dim=1.5", "model: head_dim=1.5"),
+        ("mixtral-8x7b:hidden_dim=-1", "model: hidden_dim=-1"),
+        ("mixtral-8x7b:num_experts=-8", "model: num_experts=-8"),
+        ("mixtral-8x7b:tied=3", "model: tied=3"),
         ("swinv2-moe-base:experts=3", "unknown option 'experts'"),
     ],
 )
 def test_bad_models_name_the_field(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_model(text)
+
+
+def test_a_machine_that_is_damaged_names_file_and_field(tmp_path):
+    data = {**Cluster.parse(A100).machine.to_dict(), "rates": {"float32": {"rows": [1]}}}
+    (tmp_path / "machine.json").write_text(json.dumps(data), encoding="utf-8")
+    (tmp_path / "lab.yaml").write_text(
+        f"nodes: 2\ndevices: 2\nmachine: {tmp_path}/machine.json\n", encoding="utf-8"
+    )
+    with pytest.raises(ConfigError, match=r"machine\.json.*machine\.rates\[float32\]: forward is missing"):
+        Cluster.parse(str(tmp_path / "lab.yaml"))
 
 
 def test_images_that_are_no_square_are_refused():
@@ -240,6 +261,16 @@ def test_a_run_replays_its_metrics(tmp_path):
     assert traffic.shares(3, 2, 2).tolist() == [0.25, 0.75]  # from the start again
     with pytest.raises(ConfigError, match="layer 'a' of the trace has 2 experts, the model 8"):
         traffic.shares(0, 0, 8)
+
+
+@pytest.mark.parametrize("text", ["{", "3", '{"load": 3}', '{"load": {"a": 3}}'])
+def test_a_damaged_run_is_no_trace(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_text(f"{text}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"traffic: .*(metrics.jsonl is damaged|is no table)"):
+        parse_traffic(f"trace:{tmp_path}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="has no metrics.jsonl with the load of experts"):
+        parse_traffic(f"trace:{tmp_path}")
 
 
 @pytest.mark.parametrize(

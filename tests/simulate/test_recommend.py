@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from flexpert.core.errors import ConfigError
-from flexpert.simulate import Cluster, recommend, simulate
+from flexpert.simulate import Cluster, Unlike, recommend, simulate
 from flexpert.simulate.models import parse_model
 from flexpert.simulate.plan_map import HIDDEN, TOKENS, best_plans
 from flexpert.simulate.scaling_curve import throughput
@@ -73,6 +73,18 @@ def test_less_memory_takes_smaller_passes_and_then_nothing(found):
     assert tight.refused
     with pytest.raises(ConfigError, match=r"does not fit 8 ranks of .* GiB .* needs least, .* GiB"):
         on(0.02)
+
+
+def test_the_smallest_device_must_hold_a_plan(found):
+    share = 0.6 * found.best.step.total_memory / CLUSTER.machine.memory
+    small = dataclasses.replace(CLUSTER, unlike=(Unlike(rank=3, memory=share),))
+    tight = recommend(MODEL, small, 32, sensitivity=False)
+    assert tight.budget == int(0.9 * int(0.6 * found.best.step.total_memory))
+    assert all(choice.step.total_memory <= tight.budget for choice in tight.ranked)
+    assert len(tight.refused) > len(found.refused)
+    step = simulate(MODEL, small, 32, found.best.plan)
+    assert step.seconds == found.best.step.seconds
+    assert not step.fits
 
 
 def test_a_dense_model_has_plans():

@@ -88,3 +88,6 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the config"):
         load_config(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot read the config .*it is no UTF-8 text"):
+        load_config(tmp_path / "binary.yaml")

@@ -68,3 +68,11 @@ def test_the_settings_tell_the_layout_that_runs_now(tmp_path: Path) -> None:
         open_run(TrainConfig(output=str(tmp_path), log_every=1, seed=3, ranks=2), True)
     assert stored_config(folder) == alone
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml"]
+
+
+def test_damaged_settings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no config.yaml"):
+        stored_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config\.yaml is not valid YAML"):
+        stored_config(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,20 @@ def test_ranks_that_are_not_there() -> None:
     message = "ranks=2, but this run has 1 .*flexpert train CONFIG ranks=2"
     with pytest.raises(DistributedError, match=message), join(one):
         pass
+
+
+def test_ranks_with_unlike_settings_are_refused_before_anything_is_built() -> None:
+    cases = [
+        [["threads=1"], ["data.folder=elsewhere"]],
+        [[], ["optimizer.epochs=7"]],
+        [["model.num_experts=2"], []],
+        [["parallel.plan={r: 0}"], ["parallel.plan={r: 1}"]],
+        [["seed=3"], ["seed=4"]],
+    ]
+    for told in run_ranks(on_ranks.agree, 2, cases, timeout=300):
+        assert told[0] == ""
+        for text, name in zip(told[1:], ("optimizer.epochs", "model", "parallel.plan", "seed"), strict=True):
+            assert re.match(rf"the training job: rank \d and rank \d differ in {name}: \S+ .*and ", text)
 
 
 def test_a_layout_that_does_not_fit_leaves_no_run(

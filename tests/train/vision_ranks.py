@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from flexpert.core.errors import ConfigError
+from flexpert.core.errors import ConfigError, DistributedError
 from flexpert.train import data
 from flexpert.train.config import load_config
 from flexpert.train.job import train
@@ -127,3 +127,16 @@ def draw():
             ranks.seed(7, number)
             values.append(float(torch.rand(())))
         return values
+
+
+def agree(cases):
+    """What this rank says to settings of all ranks, case by case; "" where it joins the others."""
+    rank, told = dist.get_rank(), []
+    for settings in cases:
+        config = load_config(CONFIG, ["device=cpu", f"output=runs-{rank}", *settings[rank]])
+        try:
+            with place("."), join(config):
+                told.append("")
+        except DistributedError as error:
+            told.append(str(error))
+    return told

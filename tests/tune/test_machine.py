@@ -36,6 +36,14 @@ def test_json_and_back(machine):
         ({"rates": {"float32": {"rows": [4, 2], "forward": [1, 1], "backward": [1, 1]}}}, "rows="),
         ({"rates": {"float32": {"rows": [4], "forward": [1, 1], "backward": [1]}}}, "forward="),
         ({"rates": {"float32": {"rows": [4], "forward": [1]}}}, "backward is missing"),
+        ({"rates": 3}, "machine: rates=3"),
+        ({"rates": {"float32": 3}}, "machine.rates[float32]=3"),
+        ({"rates": {"float32": {"rows": 4, "forward": [1], "backward": [1]}}}, "rows=4"),
+        ({"rates": {"float32": {"rows": ["4"], "forward": [1], "backward": [1]}}}, "rows=('4',)"),
+        ({"rates": {"float32": {"rows": [4], "forward": ["fast"], "backward": [1]}}}, "forward=('fast',)"),
+        ({"rates": {"float32": {"rows": [4], "forward": [1], "backward": 2.0}}}, "backward=2.0"),
+        ({"memory": "80 GiB"}, "memory='80 GiB'"),
+        ({"facts": 3}, "facts=3"),
     ],
 )
 def test_errors_name_the_field(change, named):
@@ -49,6 +57,14 @@ def test_errors_name_the_field(change, named):
 def test_what_is_no_machine(text):
     with pytest.raises(ConfigError, match="machine"):
         Machine.from_json(text)
+
+
+def test_the_machine_of_one_dtype():
+    rates = preset("a100-ndv4").rates
+    machine = machine_of(rates=dict(rates))
+    assert machine.only("bfloat16") == machine_of(rates={"bfloat16": rates["bfloat16"]})
+    with pytest.raises(ConfigError, match="no rates of float64"):
+        machine.only("float64")
 
 
 def test_time_is_linear_between_points():

@@ -104,8 +104,8 @@ def test_a_resumed_run_replays_the_log_and_goes_on(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
 
 
-def test_deterministic_runs_try_nothing_and_repeat_themselves():
-    for whole, parts, trials in run_ranks(tuning.deterministic, RANKS, 16, 7):
+def test_deterministic_runs_try_nothing_and_repeat_themselves(tmp_path):
+    for whole, parts, trials in run_ranks(tuning.deterministic, RANKS, 16, 7, tmp_path / "tune.json"):
         assert whole == parts
         assert trials == 0
 

@@ -157,8 +157,11 @@ def raced(path, steps=70, again=10):
     return [plan.encode() for plan in plans], tuner.report(), repeated == plans[-again:], then
 
 
-def deterministic(steps, interrupted):
-    """Plans of a run with fixed plans, of an interrupted and resumed one, and the number of trials."""
+def deterministic(steps, interrupted, path):
+    """Plans of a run with fixed plans, of an interrupted and resumed one, and the number of trials.
+
+    Before it is resumed, another run learns better plans and keeps them where the resumed one looks.
+    """
     tokens = [20, 20, 60, 60, 20, 100, 100, 20]
 
     def go(model, tuner, places):
@@ -173,10 +176,14 @@ def deterministic(steps, interrupted):
     attach(model, tuner)
     parts = go(model, tuner, range(interrupted))
     state = tuner.state_dict()
+    run(70, dictionary=path)
+    dist.barrier()
     model, _ = make_model()
     tuner = make_tuner(deterministic=True)
-    attach(model, tuner)
+    attach(model, tuner, dictionary=path)
+    learnt = set(tuner.dictionary.entries)
     tuner.load_state_dict(state)
+    assert learnt & set(tuner.dictionary.entries)  # what it learnt is of a load that the run meets
     parts += go(model, tuner, range(interrupted, steps))
     return whole, parts, tuner.trials
 

@@ -1,0 +1,23 @@
+"""Files that a command is about to write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import ConfigError
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before anything is computed for it.
+
+    Raises:
+        ConfigError: it is a folder, its folder is missing or closed to this user, or it is itself.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise ConfigError(f"{path}: it is a folder; name a file in it")
+    if not folder.is_dir():
+        raise ConfigError(f"{path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ConfigError(f"{path}: this user may not write there; name another file")
