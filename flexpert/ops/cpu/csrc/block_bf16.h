@@ -135,6 +135,25 @@ struct Multiplier {
     }
   }
 
+  // The right operands of `number` column blocks, `apart` from each other, from 32 rows of weights `stride` apart of which
+  // there are `size`: a pair of rows at a time, along them, as a line of each of 32 rows may not fit the first-level cache.
+  static void pack_rights(Element* tiles, index apart, const Element* weights, index stride, index size, index width,
+                          index number) {
+    constexpr index SOON = 6;  // rows
+    const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    for (index i = 0; i < BLOCK / 2; ++i, weights += 2 * stride, size -= 2) {
+      Element* target = tiles + i * BLOCK;
+      for (index at = 0; at < number * BLOCK; at += BLOCK, target += apart) {
+        for (index row = 0; row < 2; ++row) __builtin_prefetch(weights + (SOON + row) * stride + at);
+        const __m512i a = size > 0 ? load_32(weights + at, width - at) : _mm512_setzero_si512();
+        const __m512i b = size > 1 ? load_32(weights + stride + at, width - at) : _mm512_setzero_si512();
+        const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+        _mm512_storeu_si512(target, _mm512_permutex2var_epi64(low, left, high));
+        _mm512_storeu_si512(target + TILE / 2, _mm512_permutex2var_epi64(low, right, high));
+      }
+    }
+  }
+
   // At most 32 rows as the left operand of `stream_packed`: rows past `count` are zero, others are not touched.
   static void pack_few(Element* tiles, const Element* const* rows, index count, index size) {
     const index height = count > 16 ? 32 : count > FEW ? 16 : count;

@@ -42,9 +42,15 @@ inline void pack_columns(Element* panel, const Element* weights, index columns, 
 
 // Right operands of 32 columns each, `depth` tiles apart: column blocks first .. first + number of weights
 // stored [size of k][columns].
-inline void pack_columns_of_k(Element* panels, index depth, const Element* weights, index columns, index size,
-                              index first, index number) {
+template <typename M = Multiplier>
+void pack_columns_of_k(Element* panels, index depth, const Element* weights, index columns, index size, index first,
+                       index number) {
   for (index k = 0; k < size; k += BLOCK, panels += TILE) {
+    if constexpr (M::HAS_TILES) {
+      M::pack_rights(panels, depth * TILE, weights + k * columns + first * BLOCK, columns, size - k,
+                     columns - first * BLOCK, number);
+      continue;
+    }
     const Rows rows(weights + k * columns, columns, size - k);
     for (index i = 0; i < number; ++i) {
       const index at = (first + i) * BLOCK;
