@@ -17,7 +17,6 @@ from .activations import ACTIVATIONS, Activation, get_activation
 from .at_once import FEW_TOKENS, chosen_mlp, routed_mlp
 from .calls import call as _call
 from .handles import ExpertMLP, TokenChoice
-from .library_route import OPERATORS
 from .portable_route import SCORINGS
 from .routes import Routes
 from .select import able, override, report, use_backend
@@ -48,8 +47,6 @@ __all__ = [
     "wanted_kernel",
     "wanting",
 ]
-
-_grouped_linear = OPERATORS.grouped_linear.default
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -130,7 +127,7 @@ def grouped_linear(
     """
     if (whole := override()) is not None:
         return whole.grouped_linear(rows_ND, w_SFD, b_SF, counts_E, slot_E)
-    return _grouped_linear(rows_ND, w_SFD, b_SF, counts_E, slot_E)
+    return _call("grouped_linear", rows_ND, w_SFD, b_SF, counts_E, slot_E)
 
 
 def scatter_combine(

@@ -6,13 +6,14 @@ derivative: differentiating twice raises, instead of giving a wrong second deriv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexpert.core.errors import FlexpertError
+from flexpert.core.errors import FlexpertError, InputError
 
 from . import select
 from .products import is_transposed, slack
@@ -77,7 +78,20 @@ _define(_SCHEMAS)
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(f"flexpert::{name}", lib=LIBRARY)
+    register = torch.library.register_fake(f"flexpert::{name}", lib=LIBRARY)
+
+    def checked(fake: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fake)
+        def run(*args: Any) -> Any:
+            devices = {tensor.device.type: None for tensor in args if isinstance(tensor, Tensor)}
+            if len(devices) > 1:
+                raise InputError(f"{name}: tensors on {' and '.join(devices)}; move them to one device")
+            return fake(*args)
+
+        register(run)
+        return run
+
+    return checked
 
 
 def _asked(

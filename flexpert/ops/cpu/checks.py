@@ -12,7 +12,7 @@ from flexpert.ops import packing
 
 
 def check(shapes: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], dtype: torch.dtype | None) -> None:
-    """Refuse tensors of another shape, or dtype where one is given; None is no tensor.
+    """Refuse tensors of another shape or device, or dtype where one is given; None is no tensor.
 
     Raises:
         InputError: the message names the tensor.
@@ -24,6 +24,8 @@ def check(shapes: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], dtype: to
             raise InputError(f"grouped_mlp: {name} has shape {tuple(tensor.shape)}, not {want}")
         if dtype is not None and tensor.dtype != dtype:
             raise InputError(f"grouped_mlp: {name} has dtype {tensor.dtype}, not x's {dtype}")
+        if not tensor.is_cpu:
+            raise InputError(f"grouped_mlp: {name} is on {tensor.device}, x on cpu; move one to the other")
 
 
 def _is_usual(
@@ -44,7 +46,11 @@ def _is_usual(
         and counts_E.shape == (len(w2),)
         and counts_E.dtype == unit_N.dtype == torch.int64
         and unit_N.dim() == 1
-        and (weight_N is None or weight_N.shape == unit_N.shape)
+        and w1.is_cpu
+        and w2.is_cpu
+        and unit_N.is_cpu
+        and counts_E.is_cpu
+        and (weight_N is None or (weight_N.shape == unit_N.shape and weight_N.is_cpu))
     )
 
 

@@ -76,13 +76,13 @@ def _sizes(x_TD: Tensor, mlp: ExpertMLP) -> tuple[int, int, int, bool] | None:
         for bias, shape in ((b1, inner), (b2, (experts, output))):
             if bias is not None and not _is(bias, shape, x_TD.dtype):
                 return None
-    if not (x_TD.is_contiguous() and w1.is_contiguous() and w2.is_contiguous()):
+    if not (x_TD.is_contiguous() and w1.is_contiguous() and w2.is_contiguous() and w1.is_cpu and w2.is_cpu):
         return None
     return hidden, output, experts, gated
 
 
 def _is(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    return tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+    return tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous() and tensor.is_cpu
 
 
 def _address(tensor: Tensor | None) -> int:

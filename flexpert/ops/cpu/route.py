@@ -63,6 +63,8 @@ def _check(name: str, **shapes: tuple[Tensor, tuple[int, ...], torch.dtype]) -> 
             raise InputError(
                 f"{name}: {tensor_name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {tuple(shape)}"
             )
+        if not tensor.is_cpu:
+            raise InputError(f"{name}: {tensor_name} is on {tensor.device}, the other tensors are on cpu")
 
 
 def _scoring(name: str) -> int:
@@ -106,11 +108,10 @@ def route(
         bias_E = bias_E.contiguous()
         bias = bias_E.data_ptr()
     logits_TE, rows, kind = logits_TE.contiguous(), tokens * top_k, torch.int64
-    score_TE = torch.empty(tokens, num_experts)
-    ids_TK = torch.empty(tokens, top_k, dtype=kind)
-    order_N, unit_N = torch.empty(rows, dtype=kind), torch.empty(rows, dtype=kind)
-    weight_N, counts_E = torch.empty(rows), torch.empty(num_experts, dtype=kind)
-    slot_N = torch.empty(0 if limit < 0 else rows, dtype=kind)
+    new = logits_TE.new_empty
+    score_TE, ids_TK = new(tokens, num_experts), new(tokens, top_k, dtype=kind)
+    order_N, unit_N, weight_N = new(rows, dtype=kind), new(rows, dtype=kind), new(rows)
+    counts_E, slot_N = new(num_experts, dtype=kind), new(0 if limit < 0 else rows, dtype=kind)
     outputs = score_TE, ids_TK, order_N, unit_N, weight_N, counts_E, slot_N
     call = _ROUTE.pack(
         tokens, num_experts, top_k, _scoring(scoring), normalize, limit, prioritized, num_threads(),
@@ -145,7 +146,7 @@ def route_backward(
         d_weight_N = d_weight_N.contiguous()
         inputs["d_weight_N"] = d_weight_N, order_N.shape, real
     _check("route_backward", **inputs)
-    d_logits_TE = torch.empty(tokens, num_experts)
+    d_logits_TE = score_TE.new_empty(tokens, num_experts)
     tensors = [tensor.contiguous() for tensor in (score_TE, ids_TK, order_N, counts_E)]
     call = _ROUTE_BACKWARD.pack(
         tokens, num_experts, top_k, _scoring(scoring), normalize, num_threads(),
@@ -165,7 +166,7 @@ def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
         return portable_route.router_logits(x_TD, w_ED)
     _check("router_logits", w_ED=(w_ED, (num_experts, size), x_TD.dtype))
     x_TD, w_ED = x_TD.contiguous(), w_ED.contiguous()
-    logits_TE = torch.empty(tokens, num_experts)
+    logits_TE = x_TD.new_empty(tokens, num_experts, dtype=torch.float32)
     addresses = x_TD.data_ptr(), w_ED.data_ptr(), logits_TE.data_ptr()
     if is_many:
         call = _SCORE.pack(tokens, num_experts, size, num_threads(), _has_amx(), *addresses)
