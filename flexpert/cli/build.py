@@ -10,6 +10,7 @@ from typing import Any
 
 from flexpert.core.errors import ConfigError
 from flexpert.ops.cpu import build as native
+from flexpert.ops.cpu.seal import is_whole
 
 NAME = "build"
 HELP = "Compile the native CPU kernels into the cache now, instead of at their first use."
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         compiler = native.find_compiler()
-        cached = native.target_path(compiler).exists()
+        cached = is_whole(native.target_path(compiler))
         path = native.build(force=options.force)
         native.load(path)
     except native.BuildError as error:

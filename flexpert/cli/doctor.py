@@ -7,14 +7,17 @@ import importlib.metadata
 import os
 import platform
 import shlex
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 import flexpert
 from flexpert import ops
+from flexpert.core.errors import ConfigError
 from flexpert.ops.cpu import build as native_build
 from flexpert.ops.cpu.processor import processor
+from flexpert.ops.cpu.seal import is_whole
 
 NAME = "doctor"
 HELP = "Show which operators and optional packages are live on this machine, and why others are not."
@@ -105,12 +108,14 @@ def _processor_lines(facts: dict[str, Any]) -> list[str]:
 
 def _native() -> dict[str, Any]:
     """Mode, compiler, cache and library of the native kernels."""
-    compiler, problem, library = None, None, None
+    compiler, problem, library, cache = None, None, None, None
     try:
         compiler = native_build.find_compiler()
         library = native_build.target_path(compiler)
     except native_build.BuildError as error:
         problem = str(error)
+    with suppress(ConfigError):
+        cache = str(native_build.cache_folder())
     found = native_build.native()
     return {
         "mode": native_build.mode(),
@@ -119,9 +124,9 @@ def _native() -> dict[str, Any]:
         "why_not": found.reason or None,
         "compiler": None if compiler is None else shlex.join(compiler),
         "compiler_problem": problem,
-        "cache": str(native_build.cache_folder()),
+        "cache": cache,
         "library": None if library is None else str(library),
-        "built": library is not None and library.exists(),
+        "built": library is not None and is_whole(library),
     }
 
 
@@ -132,7 +137,7 @@ def _native_lines(facts: dict[str, Any]) -> list[str]:
         f"  FLEXPERT_NATIVE        {facts['mode']}",
         f"  FLEXPERT_INSTRUCTIONS  {facts['cap']}",
         f"  compiler               {facts['compiler_problem'] or facts['compiler']}",
-        f"  cache                  {facts['cache']}",
+        f"  cache                  {facts['cache'] or 'no place for one: set FLEXPERT_CACHE'}",
         f"  library                {library}",
     ]
 

@@ -8,6 +8,7 @@ import pytest
 from flexpert.cli import doctor, main
 from flexpert.ops import select
 from flexpert.ops.cpu import build as native
+from flexpert.ops.cpu.seal import seal
 
 
 @pytest.fixture
@@ -89,7 +90,10 @@ def test_compiler_and_cache(facts, monkeypatch, tmp_path) -> None:
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     (tmp_path / "native").mkdir()
-    native.target_path([str(script)]).touch()
+    library = native.target_path([str(script)])
+    library.touch()
+    assert not facts()["native"]["built"]
+    seal(library, library.name)
     found = facts()
     assert found["native"]["built"]
     assert found["native"]["compiler"] == str(script)

@@ -27,6 +27,8 @@ import torch
 
 from flexpert.core.errors import ConfigError
 
+from .seal import is_whole, seal
+
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-strict-aliasing")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
@@ -50,6 +52,7 @@ SANITIZERS = (
 )  # fmt: skip
 MODES = ("auto", "off", "require")
 COMPILE_SECONDS = 300
+PREFIX = "compiling-"  # of folders in the cache
 CAPS = ("avx2", "avx512", "amx")  # values of FLEXPERT_INSTRUCTIONS, each more than the one before
 
 _log = logging.getLogger("flexpert")
@@ -88,7 +91,7 @@ def mode() -> str:
     Raises:
         ConfigError: another value.
     """
-    value = os.environ.get("FLEXPERT_NATIVE", "auto")
+    value = os.environ.get("FLEXPERT_NATIVE") or "auto"
     if value not in MODES:
         raise ConfigError(f"FLEXPERT_NATIVE={value!r} is unknown; choose one of: {', '.join(MODES)}")
     return value
@@ -100,7 +103,7 @@ def cap() -> str:
     Raises:
         ConfigError: another value.
     """
-    value = os.environ.get("FLEXPERT_INSTRUCTIONS", CAPS[-1])
+    value = os.environ.get("FLEXPERT_INSTRUCTIONS") or CAPS[-1]
     if value not in CAPS:
         raise ConfigError(f"FLEXPERT_INSTRUCTIONS={value!r} is unknown; choose one of: {', '.join(CAPS)}")
     return value
@@ -112,10 +115,17 @@ def sanitizers() -> tuple[str, ...]:
 
 
 def cache_folder() -> Path:
-    """$FLEXPERT_CACHE, else `flexpert` in $XDG_CACHE_HOME or ~/.cache."""
+    """$FLEXPERT_CACHE, else `flexpert` in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        ConfigError: none of them is known.
+    """
     if chosen := os.environ.get("FLEXPERT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexpert"
+        return Path(chosen).absolute()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "flexpert"
+    except RuntimeError as error:
+        raise ConfigError("no place for the cache, as this user has no home; set FLEXPERT_CACHE") from error
 
 
 def find_compiler() -> list[str]:
@@ -124,21 +134,29 @@ def find_compiler() -> list[str]:
     Raises:
         BuildError: there is none.
     """
-    if chosen := shlex.split(os.environ.get("CXX", "")):
-        if shutil.which(chosen[0]) is None:
+    text = os.environ.get("CXX", "")
+    try:
+        chosen = shlex.split(text)
+    except ValueError as error:
+        raise BuildError(f"no C++ compiler: CXX={text!r} is not a command: {error}") from error
+    if chosen:
+        if (found := shutil.which(chosen[0])) is None:
             raise BuildError(f"no C++ compiler: CXX={chosen[0]!r} is not a command")
-        return chosen
+        return [str(Path(found).absolute()), *chosen[1:]]  # as it is run from another folder
     for name in ("g++", "c++", "clang++"):
         if found := shutil.which(name):
-            return [found]
+            return [str(Path(found).absolute())]
     raise BuildError("no C++ compiler: install g++ or set CXX")
 
 
 def _run(command: list[str], folder: Path) -> str:
+    # In English, and with room for what compilers put aside: elsewhere there may be none.
+    env = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
     try:
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
-        )
+            command, cwd=folder, env=env, capture_output=True, encoding="utf-8", errors="replace",
+            timeout=COMPILE_SECONDS, check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the C++ compiler failed: {error}") from error
     if done.returncode != 0:
@@ -167,7 +185,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _compile(compiler: list[str], target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+    """Under the lock: whoever left a folder here was killed."""
+    for left in target.parent.glob(f"{PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=target.parent) as name:
         folder = Path(name)
 
         def compiled(unit: str) -> str:
@@ -179,6 +200,9 @@ def _compile(compiler: list[str], target: Path) -> None:
             objects = list(pool.map(compiled, UNITS))
         made = folder / target.name
         _run([*compiler, *sanitizers(), "-shared", *objects, "-o", str(made)], folder)
+        if not made.exists():
+            raise BuildError(f"the C++ compiler failed: {shlex.join(compiler)} wrote no library")
+        seal(made, target.name)
         made.replace(target)
 
 
@@ -186,13 +210,17 @@ def target_path(compiler: list[str]) -> Path:
     """Where the library of these sources, compiler, flags and PyTorch is or would be.
 
     Raises:
-        BuildError: the compiler does not tell its version.
+        BuildError: the compiler does not tell its version, or there is no place for a cache.
     """
-    return cache_folder() / "native" / f"flexpert-{_key(compiler)}.so"
+    try:
+        folder = cache_folder()
+    except ConfigError as error:
+        raise BuildError(str(error)) from error
+    return folder / "native" / f"flexpert-{_key(compiler)}.so"
 
 
 def build(force: bool = False) -> Path:
-    """The path of the library, compiled if it is not in the cache, or in any case with `force`.
+    """The path of the library, compiled if it is not in the cache, damaged there, or `force` is set.
 
     Raises:
         BuildError: this machine or its compiler cannot.
@@ -203,12 +231,12 @@ def build(force: bool = False) -> Path:
     compiler = find_compiler()
     target = target_path(compiler)
     folder = target.parent
-    if target.exists() and not force:
+    if is_whole(target) and not force:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
-            if force or not target.exists():
+            if force or not is_whole(target):
                 _log.info("compiling the native CPU kernels into %s (once, some seconds)", folder)
                 _compile(compiler, target)
     except OSError as error:
