@@ -22,6 +22,7 @@ QUICK = ("flexpert", "flexpert prepacked", "flexpert rows", "flexpert layer", "f
          "stream", "sort + loop", "F.grouped_mm")  # fmt: skip
 CONFIGS = (*SHAPES, "D")
 DECODE_TOKENS = (1, 8, 64)
+MOST_THREADS = 1024
 # Share of a table's seconds that each mode has.
 SHARES = {FORWARD: 0.3, TRAINING: 0.7, DECODE: 0.3}
 CUSTOM_FLAGS = ("tokens", "model_dim", "hidden_dim", "experts", "top_k", "expert", "capacity_factor",
@@ -78,8 +79,8 @@ def make_plan(
     """
     if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
         raise ConfigError(f"--seconds {seconds}: expected a number > 0")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"--threads {threads}: expected an integer >= 1")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ConfigError(f"--threads {threads}: expected an integer from 1 to {MOST_THREADS}")
     for flag, values, known in (
         ("configs", configs, CONFIGS),
         ("dtypes", dtypes, DTYPES),
@@ -182,10 +183,11 @@ def custom_shape(given: Mapping[str, Any]) -> Shape:
 
 
 def _check_memory(cell: Cell) -> None:
-    """Refuse what cannot fit: parameters, a copy and their gradients, and rows with theirs."""
+    """Refuse what cannot fit: parameters, a copy and their gradients, rows with theirs, and fp32 scores."""
     shape = cell.shape
     rows = shape.tokens * shape.top_k * (shape.model_dim + 2 * shape.hidden_dim)
     need = DTYPES[cell.dtype].itemsize * (3 * shape.num_experts * shape.expert_size + 2 * rows)
+    need += 4 * 3 * shape.tokens * shape.num_experts
     if not hasattr(os, "sysconf"):
         return
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flexpert.core.errors import ConfigError
+from flexpert.core.files import check_writable
 
 from .implementations import DECODE, TRAINING, UnavailableError
 from .machine import backends, machine_facts
@@ -119,16 +120,23 @@ def check_output(stem: Path) -> None:
     """Make the folder of the results, before any work.
 
     Raises:
-        ConfigError: it cannot be written to.
+        ConfigError: they cannot be written there.
     """
     try:
+        is_folder = stem.is_dir()
         stem.parent.mkdir(parents=True, exist_ok=True)
-        why = "" if os.access(stem.parent, os.W_OK) else "no permission"
     except OSError as error:
         why = error.strerror or str(error)
-    if not stem.name or why:
-        why = why or "it names no file"
-        raise ConfigError(f"--output {stem}: {why}; give a path that can be written to, without suffix")
+        raise ConfigError(
+            f"--output {stem}: {why}; give a path that can be written to, without suffix"
+        ) from error
+    if is_folder:
+        raise ConfigError(f"--output {stem}: it is a folder; name files in it, as {stem / 'layer'}")
+    try:
+        for path in _files(stem):
+            check_writable(path)
+    except ConfigError as error:
+        raise ConfigError(f"--output {stem}: {error}") from error
 
 
 def _files(stem: Path) -> tuple[Path, Path, Path]:
@@ -138,13 +146,28 @@ def _files(stem: Path) -> tuple[Path, Path, Path]:
     return json_path, md_path, png_path
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write to; the file has its own when it is complete, and the one before it till then."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield partial
+        if partial.exists():
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write(result: dict[str, Any], stem: Path) -> list[Path]:
     """Write STEM.json, STEM.md and, where matplotlib is installed, STEM.png; the paths."""
     json_path, md_path, png_path = _files(stem)
-    json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    md_path.write_text(markdown(result), encoding="utf-8")
+    for path, text in ((json_path, json.dumps(result, indent=1) + "\n"), (md_path, markdown(result))):
+        with _whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     paths = [json_path, md_path]
-    if plot(result, png_path):
+    with _whole(png_path) as partial:
+        drawn = plot(result, partial)
+    if drawn:
         paths.append(png_path)
     else:
         _log.info("no plot without matplotlib: pip install 'flexpert[plots]'")

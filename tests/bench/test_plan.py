@@ -53,7 +53,8 @@ def test_a_configuration_of_ones_own():
     [
         ({"seconds": 0.0}, "--seconds 0.0: expected a number > 0"),
         ({"seconds": float("nan")}, "--seconds nan"),
-        ({"threads": 0}, "--threads 0: expected an integer >= 1"),
+        ({"threads": 0}, "--threads 0: expected an integer from 1 to 1024"),
+        ({"threads": 10**6}, "--threads 1000000: expected an integer from 1 to 1024"),
         ({"configs": ["A", "E"]}, "--configs 'E' is unknown; choose of: A, B, C, D"),
         ({"dtypes": ["fp64"]}, "--dtypes 'fp64' is unknown; choose of: fp32, bf16"),
         ({"implementations": ["ours"]}, "--implementations 'ours' is unknown; choose of: flexpert, "),
@@ -66,6 +67,10 @@ def test_a_configuration_of_ones_own():
         ({"custom": {"capacity_factor": 0.0}}, "--capacity-factor 0.0: expected a number > 0"),
         ({"custom": {"activation": "swish"}}, "--activation 'swish' is unknown; choose of: gelu"),
         ({"custom": {"expert": "moe"}}, "--expert 'moe' is unknown; choose of: mlp, glu"),
+        (
+            {"custom": {"tokens": 10**6, "experts": 10**7, "model_dim": 1, "hidden_dim": 1}},
+            "--experts 10000000 .*GiB, this machine has .*choose a smaller one",
+        ),
         (
             {"custom": {"experts": 10**9}},
             "--experts 1000000000 .*GiB, this machine has .*choose a smaller one",

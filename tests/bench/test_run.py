@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,7 +106,35 @@ def test_files(tmp_path, monkeypatch):
     assert [path.suffix for path in write(result, tmp_path / "x")] == [".json", ".md"]
 
 
-def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path):
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    """Where writing stops in the middle, the results of before are still there."""
+    before = {name: f"{name} of before" for name in ("x.json", "x.md", "x.png")}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+
+    def full(path, text, encoding):
+        path.write_bytes(text[:9].encode())
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("flexpert.bench.run.markdown", lambda result: "")
+    with pytest.raises(OSError, match="No space left"):
+        write({"rows": []}, tmp_path / "x")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("stem", "why"),
+    [
+        ("file/x", "--output .*file/x: .*; give a path"),
+        ("folder", "--output .*folder: it is a folder; name files in it, as .*folder/layer"),
+        ("..", r"--output .*\.\.: it is a folder"),
+        ("taken", "--output .*taken: .*taken.md: it is a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, stem, why):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="--output .*file/x: .*; give a path"):
-        check_output(tmp_path / "file" / "x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "taken.md").mkdir()
+    with pytest.raises(ConfigError, match=why):
+        check_output(tmp_path / stem)
