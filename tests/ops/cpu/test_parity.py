@@ -157,6 +157,21 @@ def test_same_bits_for_any_number_of_threads(make_case, threads, counts, dtype):
             assert torch.equal(value, want[name]), name
 
 
+@pytest.mark.each_cap
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_alone_are_as_experts_together(make_case, threads, dtype):
+    """One thread takes each expert by itself, one of at most 256 rows in strips; two share all of them."""
+    counts = (98, 33, 256, 40, 257)
+    case = make_case(tokens=90, model_dim=150, hidden_dim=290, output_dim=97, counts=counts, dtype=dtype)
+    threads(1)
+    check(case)
+    dy = dy_of(case)
+    want = results(case, dy)
+    threads(2)
+    for name, value in results(case, dy).items():
+        assert torch.equal(value, want[name]), name
+
+
 # That the check would notice -----------------------------------------------------------------------------
 
 

@@ -24,7 +24,14 @@ struct Operands {
   index height = BLOCK, left_step = TILE;
   bool turned = false;
   const Element *next_left = nullptr, *next_right = nullptr;  // what the next product begins with, if that is known
-  const float* begin = nullptr;  // blocks of sums that a product with tiles goes on with; null for zero
+  const float* begin = nullptr;  // blocks of sums that a product goes on with, but on AVX2; null for zero
+};
+
+// Memory that is asked for while something else goes on: from `first`, `step` bytes further on each time; and as much
+// again `twin` bytes after it, which may be 0.
+struct Stretch {
+  const char* first;
+  index step, twin;
 };
 
 inline index blocks(index size) { return (size + BLOCK - 1) / BLOCK; }

@@ -5,6 +5,7 @@
 #pragma once
 #include "backward_rows.h"
 #include "stages.h"
+#include "strips.h"
 
 namespace {
 
@@ -159,9 +160,13 @@ class Backward {
   // All of a wave whose rows are packed, and `other` work between the stage that all others need and those.
   template <typename Other>
   void products(const Wave& wave, const Desk& desk, const Multiplier& multiply, const Other& other) {
+    const bool in_strips = !desk.is_shared && !c.gated && Strips::fit(wave);
     for (index first = 0; needs_hidden && first < hidden; first += desk.span) {
       const Span span = {first, least(desk.span, hidden - first)};
-      hidden_gradient(wave, desk, span, multiply);
+      if (in_strips)
+        hidden_strips(wave, desk, span, multiply);
+      else
+        hidden_gradient(wave, desk, span, multiply);
       if (first == 0) other();
       if (c.d_w2)
         outer_product(wave, desk, multiply,
@@ -171,7 +176,10 @@ class Backward {
         outer_product(wave, desk, multiply,
                       {FIRST, pointer<Element>(c.d_w1), halves, c.hidden, c.model, span, {0, model},
                        TURNED ? desk.d_pre_left : desk.d_pre_transposed, desk.x_right});
-      if (c.d_x) input_gradient(wave, desk, span, multiply);
+      if (c.d_x && in_strips)
+        input_strips(wave, desk, span, multiply);
+      else if (c.d_x)
+        input_gradient(wave, desk, span, multiply);
     }
     if (!needs_hidden) other();
     if (c.d_weight) sum_weight_parts(wave, desk);
@@ -289,6 +297,21 @@ class Backward {
     });
   }
 
+  // The same for an expert of few rows, where a span is all of the hidden layer.
+  void hidden_strips(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply) const {
+    const Segment& segment = wave.segments[0];
+    const ByK weights = {pointer<Element>(c.w2) + segment.slot * c.output * c.hidden, c.hidden, c.output};
+    Strips strips(multiply, wave);
+    for (index column = 0; column < hidden; column += ABREAST) {
+      alignas(64) float d_bias[ABREAST][2][BLOCK] = {};
+      strips.product(desk.dy_left, weights, column, Area(), [&](index b, index i) {
+        return hidden_gradient_of(wave, desk, b, span, i, ABREAST * BLOCK, nullptr, d_bias[i - column]);
+      });
+      for (index i = column; c.d_b1 && i < least(column + ABREAST, hidden); ++i)
+        store_bias1(segment, i * BLOCK, d_bias[i - column]);
+    }
+  }
+
   // What the gradients of the rows read of w1 for a span, which follows soon where it is not all of the hidden layer.
   Area first_weights(const Segment& segment, Span span) const {
     if (!c.d_x || span.number == hidden) return {};
@@ -308,9 +331,9 @@ class Backward {
     }
   }
 
-  // `column` counts from the span's first one.
+  // `column` counts from the span's first one; `rows` are room for what is packed again, where nothing is TURNED.
   HiddenGradient hidden_gradient_of(const Wave& wave, const Desk& desk, index b, Span span, index column, index next,
-                                    Element (&rows)[3][TILE], float (&d_bias)[2][BLOCK]) const {
+                                    Element (*rows)[TILE], float (&d_bias)[2][BLOCK]) const {
     const RowBlock& block = wave.rows[b];
     const Segment& segment = wave.segments[block.segment];
     const index start = segment.first_block, j = b - start, first = (span.first + column) * BLOCK;
@@ -426,6 +449,15 @@ class Backward {
       }
       pipeline.drain();
     });
+  }
+
+  void input_strips(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply) const {
+    const Segment& segment = wave.segments[0];
+    const ByK weights = {pointer<Element>(c.w1) + segment.slot * c.hidden * c.model, c.model, c.hidden};
+    Strips strips(multiply, wave);
+    for (index column = 0; column < model; column += ABREAST)
+      strips.product(desk.d_pre_left, weights, column, Area(),
+                     [&](index b, index i) { return input_rows(wave, desk, b, span, i); });
   }
 
   SpanRows input_rows(const Wave& wave, const Desk& desk, index b, Span span, index column) const {

@@ -78,6 +78,7 @@ struct Area {
 struct Ahead {
   const char *next = nullptr, *row_end = nullptr;
   index left = 0, lines = 0, bytes = 0, stride = 0;
+  bool twins = false;
 
   Ahead(const Area& area, index part, index parts, index steps) : bytes(area.bytes), stride(area.stride) {
     const index per_row = (bytes + 63) / 64, share = (per_row * area.rows + parts - 1) / parts;
@@ -92,13 +93,40 @@ struct Ahead {
   Ahead() = default;
 
   void step() {
-    for (index i = 0; i < lines && left > 0; ++i, --left) {
+    for (index i = 0; i < lines && left > 0; ++i) {
       __builtin_prefetch(next, 0, 2);
-      next += 64;
-      if (next < row_end) continue;
-      next = row_end += stride;
-      next -= bytes;
+      advance(1);
     }
+  }
+
+  // For products that ask at each of their steps instead: cut into `number` stretches, each of which lies in one row,
+  // or if that is too little, with its twin in two.
+  void cut(index number) {
+    const index per_row = (bytes + 63) / 64, wanted = least(BLOCK, (left + number - 1) / number);
+    lines = wanted <= 0 || wanted >= per_row ? per_row : (per_row + per_row / wanted - 1) / (per_row / wanted);
+    twins = wanted > per_row;
+  }
+
+  // The next stretch, to be asked for in so many steps; `other` is what is asked for when all was taken.
+  Stretch take(index steps, const void* other) {
+    if (left <= 0) return {static_cast<const char*>(other), 0, 0};
+    const index count = least(least(lines, left), (row_end - next + 63) / 64);
+    Stretch result = {next, (count * 64 + steps - 1) / steps, 0};
+    advance(count);
+    if (twins && left > 0) {
+      result.twin = next - result.first;
+      advance(least(count, left));
+    }
+    return result;
+  }
+
+ private:
+  void advance(index count) {
+    left -= count;
+    next += count * 64;
+    if (next < row_end) return;
+    next = row_end += stride;
+    next -= bytes;
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "few_rows.h"
 #include "stages.h"
+#include "strips.h"
 
 namespace {
 
@@ -115,8 +116,26 @@ class Forward {
 
   void compute(const Wave& wave, const Desk& desk, const Multiplier& multiply) {
     pack_inputs(wave, desk);
+    if (!desk.is_shared && !c.gated && Strips::fit(wave)) return multiply_strips(wave, desk, multiply);
     first_product(wave, desk, multiply);
     if (c.output) second_product(wave, desk, multiply);
+  }
+
+  // Both products of an expert of few rows.
+  void multiply_strips(const Wave& wave, const Desk& desk, const Multiplier& multiply) const {
+    const index slot = wave.segments[0].slot;
+    const ByColumn first = {first_weights(slot), c.hidden, c.model};
+    const ByColumn second = {second_weights(slot), c.output, c.hidden};
+    Strips strips(multiply, wave);
+    for (index column = 0; column < hidden; column += ABREAST)
+      strips.product(desk.x, first, column, c.output ? second.piece(0, 0) : Area(), [&](index b, index i) {
+        const RowBlock& rows = wave.rows[b];
+        return hidden_rows(c, rows.start, rows.count, slot, i, desk.hidden + (b * hidden + i) * TILE);
+      });
+    for (index column = 0; column < output; column += ABREAST)
+      strips.product(desk.hidden, second, column, Area(), [&](index b, index i) {
+        return output_rows(c, wave.rows[b].start, wave.rows[b].count, slot, i);
+      });
   }
 
   // All tasks of a stage: those of a shared wave that other threads leave, after the stages of which it needs results
