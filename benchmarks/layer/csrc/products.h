@@ -44,12 +44,12 @@ void multiply_panel(const Product& p, index panel, const Multiplier& multiply, c
     operands.next_left = operands.left + step * TILE;
     operands.next_right = operands.right;
     if (!p.pairs) {
-      pipeline.products(operands, number, rows(j), soon, j, p.row_blocks,
+      pipeline.products(operands, number, rows(j), {soon, j, p.row_blocks},
                         [&](index i) { return make(j, first + i); });
       continue;
     }
     for (index i = 0; i < number; ++i, operands.right += 2 * depth * TILE) {
-      const Ahead ahead(soon, j * number + i, p.row_blocks * number, 2 * depth);
+      const Ahead ahead(Portion{soon, j, p.row_blocks}.of(i, number), 2 * depth);
       pipeline.product(operands, rows(j), ahead, make(j, first + i));
     }
   }

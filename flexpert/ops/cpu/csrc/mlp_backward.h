@@ -6,6 +6,7 @@
 #include "backward_rows.h"
 #include "stages.h"
 #include "strips.h"
+#include "turns.h"
 
 namespace {
 
@@ -15,7 +16,7 @@ class Backward {
       : c(call), plan(plan), halves(call.gated ? 2 : 1), model(blocks(c.model)), hidden(blocks(c.hidden)),
         output(blocks(c.output)), needs_hidden(c.d_x || c.d_w1 || c.d_b1 || c.d_weight || c.d_w2),
         desks_at_once(plan.most_shared <= MOST_AHEAD ? least(2, plan.shared.size()) : least(1, plan.shared.size())),
-        stages(STAGES * plan.shared.size()) {}
+        stages(STAGES * plan.shared.size()), turns(plan.alone.size()) {}
 
   // The size of all buffers; with memory given, their places as well.
   size_t place(Scratch* memory) {
@@ -28,11 +29,13 @@ class Backward {
   void run() {
     on_threads(c.threads, [&] {
       const Multiplier multiply(c.amx);
-      const Desk& own = desks[omp_get_thread_num()];
+      Turn turn(turns);
+      Desk own = desks[omp_get_thread_num()];
+      own.turn = &turn;
       clear_all();
       compute_shared(own.panel, multiply);
-#pragma omp for schedule(dynamic)
-      for (index i = 0; i < (index)plan.alone.size(); ++i) compute(plan.alone[i], own, multiply);
+      for (index i = turn.begin(); i >= 0; i = turn.begin()) compute(plan.alone[i], own, multiply);
+#pragma omp barrier
       if (c.d_x)
         combine(plan, pointer<Element>(c.d_rows), nullptr, pointer<Element>(c.d_x), c.units, c.model);
     });
@@ -55,6 +58,7 @@ class Backward {
     index parts, rows, columns;
     Span of_rows, of_columns;
     const Element *left, *right;
+    Portion soon;  // what is asked for; if that is nothing, the next right operand
   };
 
   struct Desk {  // where a wave is computed
@@ -63,6 +67,7 @@ class Backward {
     index span;  // column blocks of the hidden layer that go through all products at a time
     Element *dy_left, *dy_transposed, *x_right, *d_pre_left, *d_pre_transposed, *hidden_right, *panel;
     float *weight_parts, *x_sums;
+    Turn* turn = nullptr;  // of a thread that computes its own experts
   };
 
   // One thread's own experts of few rows go through all products by spans of the hidden layer, so that what is packed
@@ -163,23 +168,26 @@ class Backward {
     const bool in_strips = !desk.is_shared && !c.gated && Strips::fit(wave);
     for (index first = 0; needs_hidden && first < hidden; first += desk.span) {
       const Span span = {first, least(desk.span, hidden - first)};
+      const Area w1 = first_weights(wave.segments[0], desk, span);
       if (in_strips)
         hidden_strips(wave, desk, span, multiply);
       else
-        hidden_gradient(wave, desk, span, multiply);
+        hidden_gradient(wave, desk, span, multiply, {w1, 0, c.d_w2 ? 2 : 1});
       if (first == 0) other();
       if (c.d_w2)
         outer_product(wave, desk, multiply,
                       {SECOND, pointer<Element>(c.d_w2), 1, c.output, c.hidden, {0, output}, span,
-                       TURNED ? desk.dy_left : desk.dy_transposed, desk.hidden_right});
+                       TURNED ? desk.dy_left : desk.dy_transposed, desk.hidden_right, {w1, 1, 2}});
+      const Area w2 = next_second_weights(wave.segments[0], desk, span);
       if (c.d_w1)
         outer_product(wave, desk, multiply,
                       {FIRST, pointer<Element>(c.d_w1), halves, c.hidden, c.model, span, {0, model},
-                       TURNED ? desk.d_pre_left : desk.d_pre_transposed, desk.x_right});
+                       TURNED ? desk.d_pre_left : desk.d_pre_transposed, desk.x_right,
+                       {w2, 0, c.d_x ? 2 : 1}});
       if (c.d_x && in_strips)
         input_strips(wave, desk, span, multiply);
       else if (c.d_x)
-        input_gradient(wave, desk, span, multiply);
+        input_gradient(wave, desk, span, multiply, {w2, c.d_w1 ? 1 : 0, c.d_w1 ? 2 : 1});
     }
     if (!needs_hidden) other();
     if (c.d_weight) sum_weight_parts(wave, desk);
@@ -265,7 +273,7 @@ class Backward {
   }
 
   // g, and all that follows from it elementwise. One task: some column blocks of the hidden layer of a segment.
-  void hidden_gradient(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply) {
+  void hidden_gradient(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply, const Portion& w1) {
     const index width = task_width(span.number, output, desk.is_shared ? c.threads : 1, WIDEST_OF_K);
     const index groups = (span.number + width - 1) / width;
     Pipeline<HiddenGradient> pipeline(multiply);
@@ -277,8 +285,9 @@ class Backward {
       const Element* weights = pointer<Element>(c.w2) + segment.slot * c.output * c.hidden;
       pack_columns_of_k(desk.panel, output, weights, c.hidden, c.output, span.first + first, number);
       const index next = first + number;
-      const Area soon = next < span.number ? columns_of_k(weights, c.hidden, c.output, span.first + next, width)
-                                           : first_weights(segment, span);
+      const Portion soon = next < span.number
+                               ? Portion{columns_of_k(weights, c.hidden, c.output, span.first + next, width)}
+                               : w1;
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j;
         Operands<Element> operands = {desk.dy_left + b * output * TILE, desk.panel, output * TILE, 1, c.output};
@@ -286,8 +295,9 @@ class Backward {
         operands.next_right = desk.panel;
         const index last = (number - 1) / ABREAST * ABREAST, row = wave.rows[b].count * halves * c.hidden;
         pipeline.products(operands, number, wave.rows[b].count,
-                          desk.is_shared ? packed_rows(desk.dy_left, b + 1, output) : soon,
-                          desk.is_shared ? 0 : j, desk.is_shared ? 1 : segment.blocks, [&](index i) {
+                          desk.is_shared ? Portion{packed_rows(desk.dy_left, b + 1, output)}
+                                         : soon.of(j, segment.blocks),
+                          [&](index i) {
                             const index next = i < last ? ABREAST * BLOCK : row - last * BLOCK;
                             return hidden_gradient_of(wave, desk, b, span, first + i, next, rows[i % 2], d_bias[i]);
                           });
@@ -313,8 +323,8 @@ class Backward {
   }
 
   // What the gradients of the rows read of w1 for a span, which follows soon where it is not all of the hidden layer.
-  Area first_weights(const Segment& segment, Span span) const {
-    if (!c.d_x || span.number == hidden) return {};
+  Area first_weights(const Segment& segment, const Desk& desk, Span span) const {
+    if (!c.d_x || desk.span == hidden) return {};
     return columns_of(pointer<Element>(c.w1) + segment.slot * halves * c.hidden * c.model, halves, c.hidden, c.model,
                       span.first, span.number);
   }
@@ -387,29 +397,32 @@ class Backward {
   void outer_product(const Wave& wave, const Desk& desk, const Multiplier& multiply, const Outer& o) {
     const index row_blocks = o.of_rows.number, column_blocks = o.of_columns.number;
     const index group = rows_abreast(wave, column_blocks), all = row_blocks * o.parts;
-    const index groups = (all + group - 1) / group;
+    const index groups = (all + group - 1) / group, turns = (column_blocks + ABREAST - 1) / ABREAST;
     const bool streams = reinterpret_cast<index>(o.target) % 64 == 0 && o.columns * sizeof(Element) % 64 == 0;
     Pipeline<StoreRows> pipeline(multiply);
     each(desk, o.stage, wave.segments.size() * groups, [&](index task) {
       const Segment& segment = wave.segments[task / groups];
-      const index first = task % groups * group, depth = segment.blocks, left_step = TURNED ? all * TILE : TILE;
+      const index first = task % groups * group, number = least(group, all - first);
+      const index depth = segment.blocks, left_step = TURNED ? all * TILE : TILE;
       const Element* lefts = o.left + segment.first_block * all * TILE;
       const Element* rights = o.right + segment.first_block * column_blocks * TILE;
       for (index column = 0; column < column_blocks; column += ABREAST)
-        for (index row = first; row < least(first + group, all); ++row) {
+        for (index row = first; row < first + number; ++row) {
           const index within = (o.of_rows.first + row % row_blocks) * BLOCK, height = least(BLOCK, o.rows - within);
           Element* place = o.target + ((segment.slot * o.parts + row / row_blocks) * o.rows + within) * o.columns;
           Operands<Element> operands = {lefts + row * (TURNED ? 1 : depth) * TILE, rights + column * depth * TILE,
                                         depth * TILE, 1, segment.count, segment.height, left_step, TURNED};
           operands.next_left = operands.left + (TURNED ? 1 : depth) * TILE;
           operands.next_right = operands.right;
-          pipeline.products(operands, least(ABREAST, column_blocks - column), height,
-                            packed_rows(rights, column / ABREAST + 1, ABREAST * depth),
-                            row - first, group, [&](index i) {
-                              const index at = (o.of_columns.first + column + i) * BLOCK;
-                              return StoreRows{height, place + at, o.columns, o.columns - at, nullptr, segment.again,
-                                               streams && !segment.again};
-                            });
+          const index turn = column / ABREAST;
+          const Portion next = o.soon.area.rows
+                                   ? o.soon.of(first * turns + turn * number + row - first, all * turns)
+                                   : Portion{packed_rows(rights, turn + 1, ABREAST * depth), row - first, group};
+          pipeline.products(operands, least(ABREAST, column_blocks - column), height, next, [&](index i) {
+            const index at = (o.of_columns.first + column + i) * BLOCK;
+            return StoreRows{height, place + at, o.columns, o.columns - at, nullptr, segment.again,
+                             streams && !segment.again};
+          });
         }
       pipeline.drain();
       if (streams) _mm_sfence();
@@ -417,7 +430,7 @@ class Backward {
   }
 
   // One task: some column blocks of the rows' gradients of a segment.
-  void input_gradient(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply) {
+  void input_gradient(const Wave& wave, const Desk& desk, Span span, const Multiplier& multiply, const Portion& w2) {
     const bool is_whole = span.number == hidden;
     const index depth = halves * span.number;
     const index width = task_width(model, depth, desk.is_shared ? c.threads : 1, is_whole ? WIDEST : WIDEST_OF_K);
@@ -431,8 +444,8 @@ class Backward {
       for (index half = 0; half < halves; ++half)
         pack_columns_of_k(desk.panel + half * span.number * TILE, depth, weights + half * c.hidden * c.model, c.model,
                           size, first, number);
-      const Area soon = is_whole ? columns_of_k(weights, c.model, halves * c.hidden, first + number, width)
-                                 : next_second_weights(segment, span);
+      const Portion soon = is_whole ? Portion{columns_of_k(weights, c.model, halves * c.hidden, first + number, width)}
+                                    : w2.of(task, groups);
       for (index j = 0; j < segment.blocks; ++j) {
         const index b = segment.first_block + j;
         Operands<Element> operands = {desk.d_pre_left + b * depth * TILE, desk.panel, depth * TILE, 1,
@@ -440,11 +453,9 @@ class Backward {
         operands.next_left = operands.left + depth * TILE;
         operands.next_right = desk.panel;
         if (span.first) operands.begin = waiting(desk, b, first);
-        const index part = task * segment.blocks + j, parts = groups * segment.blocks;
         pipeline.products(operands, number, wave.rows[b].count,
-                          desk.is_shared ? packed_rows(desk.d_pre_left, b + 1, depth) : soon,
-                          desk.is_shared ? 0 : is_whole ? j : part,
-                          desk.is_shared ? 1 : is_whole ? segment.blocks : parts,
+                          desk.is_shared ? Portion{packed_rows(desk.d_pre_left, b + 1, depth)}
+                                         : soon.of(j, segment.blocks),
                           [&](index i) { return input_rows(wave, desk, b, span, first + i); });
       }
       pipeline.drain();
@@ -470,10 +481,16 @@ class Backward {
 
   float* waiting(const Desk& desk, index b, index column) const { return desk.x_sums + (b * model + column) * TILE; }
 
-  // What the next span reads of w2.
-  Area next_second_weights(const Segment& segment, Span span) const {
-    return columns_of_k(pointer<Element>(c.w2) + segment.slot * c.output * c.hidden, c.hidden, c.output,
-                        span.first + span.number, span.number);
+  // What the next span reads of w2, or the first one of the thread's next expert.
+  Area next_second_weights(const Segment& segment, const Desk& desk, Span span) const {
+    if (desk.span == hidden) return {};
+    index slot = segment.slot, first = span.first + span.number;
+    if (first == hidden) {
+      const index following = desk.turn->following();
+      if (following < 0) return {};
+      slot = plan.alone[following].segments[0].slot, first = 0;
+    }
+    return columns_of_k(pointer<Element>(c.w2) + slot * c.output * c.hidden, c.hidden, c.output, first, desk.span);
   }
 
   const BackwardCall& c;
@@ -482,6 +499,7 @@ class Backward {
   const bool needs_hidden;
   const index desks_at_once;
   Stages stages;
+  Turns turns;
   std::vector<Desk> desks;  // one per thread, and those of shared waves
 };
 

@@ -73,20 +73,28 @@ struct Area {
   index bytes = 0, stride = 0, rows = 0;
 };
 
-// Share `part` of `parts` of an area, some lines at each of `steps` calls: not so many that they hold up the loads
-// of a product that runs ten times as fast in bf16.
+// One of equal parts of an area, which themselves fall into parts.
+struct Portion {
+  Area area;
+  index part = 0, parts = 1;
+
+  Portion of(index i, index number) const { return {area, part * number + i, parts * number}; }
+};
+
+// The lines of a portion, some at each of `steps` calls: not so many that they hold up the loads of a product that runs
+// ten times as fast in bf16.
 struct Ahead {
   const char *next = nullptr, *row_end = nullptr;
   index left = 0, lines = 0, bytes = 0, stride = 0;
   bool twins = false;
 
-  Ahead(const Area& area, index part, index parts, index steps) : bytes(area.bytes), stride(area.stride) {
-    const index per_row = (bytes + 63) / 64, share = (per_row * area.rows + parts - 1) / parts;
-    const index first = part * share;
-    left = least(share, per_row * area.rows - first);
+  Ahead(const Portion& of, index steps) : bytes(of.area.bytes), stride(of.area.stride) {
+    const index per_row = (bytes + 63) / 64, share = (per_row * of.area.rows + of.parts - 1) / of.parts;
+    const index first = of.part * share;
+    left = least(share, per_row * of.area.rows - first);
     if (left <= 0 || steps <= 0) return;
     lines = least(sizeof(Element) == 2 ? 8 : 32, (share + steps - 1) / steps);
-    const char* row = static_cast<const char*>(area.base) + first / per_row * stride;
+    const char* row = static_cast<const char*>(of.area.base) + first / per_row * stride;
     next = row + first % per_row * 64;
     row_end = row + bytes;
   }
@@ -177,14 +185,13 @@ class Pipeline {
   }
 
   // The products of one left operand with `number` right ones, ABREAST at a time; `epilogue(i)` makes that of the i-th.
-  // `soon` is what comes next, of which this is share `part` of `parts`.
+  // They ask for a portion of what comes next.
   template <typename Make>
-  void products(Operands<Element> operands, index number, index rows, const Area& soon, index part, index parts,
-                const Make& epilogue) {
+  void products(Operands<Element> operands, index number, index rows, const Portion& soon, const Make& epilogue) {
     const index times = (number + ABREAST - 1) / ABREAST, depth = k_blocks(operands);
     const Element *left = operands.next_left, *right = operands.next_right;
     for (index i = 0; i < number; i += ABREAST, operands.right += ABREAST * operands.apart) {
-      const Ahead ahead(soon, part * times + i / ABREAST, parts * times, ABREAST * depth);
+      const Ahead ahead(soon.of(i / ABREAST, times), ABREAST * depth);
       const bool ends = i + ABREAST >= number;
       operands.parts = least(ABREAST, number - i);
       operands.next_left = ends ? left : operands.left;

@@ -213,14 +213,14 @@ class Forward {
         Operands<Element> operands = {desk.x + b * model * TILE, panels, model * TILE, halves, c.model};
         operands.next_left = operands.left + model * TILE;
         operands.next_right = panels;
-        const Area area = asks_for_weights ? soon : packed_rows(desk.x, b + 1, model);
-        const index part = asks_for_weights ? j : 0, parts = asks_for_weights ? segment.blocks : 1;
+        const Portion ahead =
+            asks_for_weights ? Portion{soon, j, segment.blocks} : Portion{packed_rows(desk.x, b + 1, model)};
         const auto epilogue = [&](index i) {
           return hidden_rows(c, wave.rows[b].start, rows, segment.slot, first + i,
                              desk.hidden + (b * hidden + first + i) * TILE);
         };
         if (!c.gated) {
-          pipeline.products(operands, number, rows, area, part, parts, epilogue);
+          pipeline.products(operands, number, rows, ahead, epilogue);
           continue;
         }
         const Operands<Element> next = operands;
@@ -228,7 +228,7 @@ class Forward {
           const bool ends = i + 1 == number;
           operands.next_left = ends ? next.next_left : operands.left;
           operands.next_right = ends ? panels : operands.right + 2 * model * TILE;
-          pipeline.product(operands, rows, Ahead(area, part * number + i, parts * number, 2 * model), epilogue(i));
+          pipeline.product(operands, rows, Ahead(ahead.of(i, number), 2 * model), epilogue(i));
         }
       }
       pipeline.drain();
@@ -252,8 +252,8 @@ class Forward {
         operands.next_left = operands.left + hidden * TILE;
         operands.next_right = panels;
         pipeline.products(operands, number, rows.count,
-                          asks_for_weights ? soon : packed_rows(desk.hidden, b + 1, hidden),
-                          asks_for_weights ? j : 0, asks_for_weights ? segment.blocks : 1,
+                          asks_for_weights ? Portion{soon, j, segment.blocks}
+                                           : Portion{packed_rows(desk.hidden, b + 1, hidden)},
                           [&](index i) { return output_rows(c, rows.start, rows.count, segment.slot, first + i); });
       }
       pipeline.drain();
