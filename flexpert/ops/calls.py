@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from . import select
+from .library import RULES
 from .library_route import OPERATORS
+from .watched import is_unwatched
 
 _OPERATORS = {
     name: getattr(OPERATORS, name).default
@@ -17,31 +19,48 @@ _OPERATORS = {
         "scatter_combine",
     )
 }  # fmt: skip
-_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, torch.dtype, type(None)}
 
 
 def call(name: str, *args: Any) -> Any:
-    """The operator of that name; where no gradient is wanted, without the detour through autograd's Python.
+    """The operator of that name; where nobody watches, without the detour through autograd's Python.
 
-    And where nobody watches, without the dispatcher: decoding waits for every microsecond, and it takes ten.
+    Nor through the dispatcher: decoding waits for every microsecond, and it takes ten.
     """
     operator = _OPERATORS[name]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return operator(*args)
+    differentiates = torch.is_grad_enabled() and any(
+        isinstance(arg, Tensor) and arg.requires_grad for arg in args
+    )
     if is_unwatched(args):
+        if differentiates:
+            return _FUNCTIONS[name].apply(*args)
         return select.kernel(name, "cpu", args[0].dtype)(*args)
+    if torch.is_grad_enabled():
+        return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 
 
-def is_unwatched(args: tuple[Any, ...]) -> bool:
-    """Whether the arguments are plain tensors on the CPU, and no mode, transform or profiler watches."""
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
-        or torch._C._autograd._profiler_enabled()
-    ):
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or not args[0].is_cpu:
-        return False
-    return _PLAIN.issuperset(map(type, args))
+def _function(name: str) -> Any:
+    """An operator with its derivative as a plain autograd Function.
+
+    A custom operator's own is called through the dispatcher, and asks its schema for defaults, at each call.
+    """
+    backward_rule, setup = RULES[name]
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = select.kernel(name, "cpu", args[0].dtype)(*args)
+            setup(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            return backward_rule(ctx, *grads)
+
+    return Direct
+
+
+_FUNCTIONS = {name: _function(name) for name in _OPERATORS if name in RULES}
