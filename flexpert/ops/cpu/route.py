@@ -16,7 +16,7 @@ from .build import native
 from .calls import check, run
 from .threads import num_threads
 
-SCORINGS = ("softmax", "sigmoid", "sqrt_softplus")
+SCORINGS = ("softmax", "sigmoid", "sqrt_softplus", "uniform")
 FEW_TOKENS = 64  # up to which logits are computed from operands as they are
 
 # The dtypes of the first argument that these kernels take.

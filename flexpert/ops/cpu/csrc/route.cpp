@@ -1,5 +1,6 @@
-// Routing, and rows to and from their units: AVX-512 F, BW, DQ, VL, or AVX2 and FMA.
+// Routing and its noise, and rows to and from their units: AVX-512 F, BW, DQ, VL, or AVX2 and FMA.
 #include "logits.h"
+#include "noise.h"
 #include "route.h"
 #include "rows.h"
 
@@ -38,4 +39,9 @@ extern "C" int64_t EXPORTED(flexpert_sum_rows)(const void* call, int64_t is_bf16
 extern "C" int64_t EXPORTED(flexpert_row_dots)(const void* call, int64_t is_bf16) {
   const auto& c = as<RowsCall>(call);
   return is_bf16 ? Rows<Half>(c).dots() : Rows<float>(c).dots();
+}
+
+extern "C" int64_t EXPORTED(flexpert_uniform)(const void* call) {
+  uniform(as<UniformCall>(call));
+  return ROUTED;
 }
