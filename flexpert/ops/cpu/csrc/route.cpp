@@ -1,4 +1,5 @@
 // Routing and its noise, and rows to and from their units: AVX-512 F, BW, DQ, VL, or AVX2 and FMA.
+#include "buffers.h"
 #include "logits.h"
 #include "noise.h"
 #include "route.h"
@@ -44,4 +45,14 @@ extern "C" int64_t EXPORTED(flexpert_row_dots)(const void* call, int64_t is_bf16
 extern "C" int64_t EXPORTED(flexpert_uniform)(const void* call) {
   uniform(as<UniformCall>(call));
   return ROUTED;
+}
+
+extern "C" int64_t EXPORTED(flexpert_fill_buffers)(const void* call, int64_t is_bf16) {
+  const auto& c = as<BuffersCall>(call);
+  return is_bf16 ? Buffers<Half>(c).fill() : Buffers<float>(c).fill();
+}
+
+extern "C" int64_t EXPORTED(flexpert_read_buffers)(const void* call, int64_t is_bf16) {
+  const auto& c = as<BuffersCall>(call);
+  return is_bf16 ? Buffers<Half>(c).read() : Buffers<float>(c).read();
 }
