@@ -107,7 +107,7 @@ class RoutingContext:
             raise InputError(f"sequence_length={length}: expected at least 1")
         if length is None and len(leading) > 1:
             length = leading[-1]
-        if not flat and length == self.sequence_length:
+        if length == self.sequence_length and all(getattr(self, name) is flat[name] for name in flat):
             return self
         return dataclasses.replace(self, sequence_length=length, **flat)  # type: ignore[arg-type]
 
@@ -140,7 +140,7 @@ def _flatten(name: str, tensor: Tensor, leading: Sequence[int]) -> Tensor:
         )
     if name.endswith("_ids") and (tensor.is_floating_point() or tensor.dtype is torch.bool):
         raise InputError(f"{name} has dtype {tensor.dtype}; expected torch.int64")
-    return tensor.reshape(-1)
+    return tensor if tensor.dim() == 1 else tensor.reshape(-1)
 
 
 def _check_samples(samples: tuple[int, int], tokens: int) -> None:

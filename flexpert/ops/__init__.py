@@ -84,7 +84,8 @@ def route(
     Args:
         logits_TE: floating point; scores and weights have its dtype.
         top_k: K, 1 <= K <= E; each token takes the K experts of highest score + bias.
-        scoring: a name in `SCORINGS`.
+        scoring: a name in `SCORINGS`; where all scores are 1 ("uniform"), the logits take their place in the
+            choice, and there is no gradient.
         bias_E: for the choice alone; no gradient.
         normalize: divide a token's weights by their sum.
         scale: factor on every weight.
@@ -97,6 +98,8 @@ def route(
     """
     if scoring not in SCORINGS:
         raise ConfigError(f"unknown scoring {scoring!r}; choose one of: {', '.join(SCORINGS)}")
+    if scoring == "uniform":
+        logits_TE = logits_TE.detach()
     rules = top_k, scoring, bias_E, normalize, scale, -1 if limit is None else limit, prioritized
     if (whole := override()) is not None:
         return Routes(*whole.route(logits_TE, *rules))

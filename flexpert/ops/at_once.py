@@ -12,9 +12,9 @@ from torch import Tensor
 from flexpert import ops
 
 from . import select
-from .calls import is_unwatched
 from .handles import ExpertMLP, TokenChoice
 from .wanted import wanted_kernel
+from .watched import is_unwatched
 
 FEW_TOKENS = 64
 

@@ -11,7 +11,9 @@ from torch.autograd import forward_ad
 from flexpert.core.errors import FlexpertError
 
 from . import select
+from .library import RULES
 from .library_route import OPERATORS
+from .watched import is_unwatched
 
 _OPERATORS = {
     name: getattr(OPERATORS, name).default
@@ -20,21 +22,27 @@ _OPERATORS = {
         "router_logits", "scatter_combine",
     )
 }  # fmt: skip
-_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, str, torch.dtype, type(None)}
 
 
 def call(name: str, *args: Any) -> Any:
-    """The operator of that name; where no gradient is wanted, without the detour through autograd's Python.
+    """The operator of that name; where nobody watches, without the detour through autograd's Python.
 
-    And where nobody watches, without the dispatcher: decoding waits for every microsecond, and it takes ten.
+    Nor through the dispatcher: decoding waits for every microsecond, and it takes ten.
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(name, args)
     operator = _OPERATORS[name]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return operator(*args)
+    differentiates = torch.is_grad_enabled() and any(
+        isinstance(arg, Tensor) and arg.requires_grad for arg in args
+    )
     if is_unwatched(args):
+        if differentiates:
+            return _FUNCTIONS[name].apply(*args)
         return select.kernel(name, "cpu", args[0].dtype)(*args)
+    if torch.is_grad_enabled():
+        return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 
@@ -49,15 +57,25 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
             )
 
 
-def is_unwatched(args: tuple[Any, ...]) -> bool:
-    """Whether the arguments are plain tensors on the CPU, and no mode, transform or profiler watches."""
-    if (
-        forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
-        or torch._C._autograd._profiler_enabled()
-    ):
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or not args[0].is_cpu:
-        return False
-    return _PLAIN.issuperset(map(type, args))
+def _function(name: str) -> Any:
+    """An operator with its derivative as a plain autograd Function.
+
+    A custom operator's own is called through the dispatcher, and asks its schema for defaults, at each call.
+    """
+    backward_rule, setup = RULES[name]
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = select.kernel(name, "cpu", args[0].dtype)(*args)
+            setup(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            return backward_rule(ctx, *grads)
+
+    return Direct
+
+
+_FUNCTIONS = {name: _function(name) for name in _OPERATORS if name in RULES}

@@ -18,6 +18,7 @@ from flexpert.core.errors import FlexpertError, InputError
 from . import select
 from .products import is_transposed, slack
 from .wanted import wanted_kernel, wanting
+from .watched import is_unwatched
 
 _SCHEMAS = {
     "assign": "(Tensor key, SymInt num_bins, Tensor? capacity) -> (Tensor, Tensor)",
@@ -214,8 +215,20 @@ def _(
 # Autograd -----------------------------------------------------------------------------------------------
 
 
+# (backward, setup) of each operator that has a derivative.
+RULES: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
+
+
 def _register_autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
     torch.library.register_autograd(f"flexpert::{name}", backward, setup_context=setup, lib=LIBRARY)
+    RULES[name] = backward, setup
+
+
+def _twin(name: str, *args: Any) -> Any:
+    """The kernel of a backward pass: directly where nobody watches, or differentiates it."""
+    if not torch.is_grad_enabled() and is_unwatched(args):
+        return select.kernel(name, "cpu", args[0].dtype)(*args)
+    return getattr(OPERATORS, name)(*args)
 
 
 def _refuse_twice(name: str, *twins: str) -> None:
@@ -258,7 +271,7 @@ def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     unit, counts = ctx.saved_tensors
-    return OPERATORS.gather_rows_backward(grad, unit, counts, ctx.num_units), None, None
+    return _twin("gather_rows_backward", grad, unit, counts, ctx.num_units), None, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -268,7 +281,7 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    gradients = OPERATORS.grouped_linear_backward(grad, *ctx.saved_tensors, needs)
+    gradients = _twin("grouped_linear_backward", grad, *ctx.saved_tensors, needs)
     return *_given(gradients, needs), None, None
 
 
@@ -278,7 +291,7 @@ def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-    gradients = OPERATORS.scatter_combine_backward(grad, *ctx.saved_tensors, needs)
+    gradients = _twin("scatter_combine_backward", grad, *ctx.saved_tensors, needs)
     d_rows, d_weight = _given(gradients, needs)
     return d_rows, None, d_weight, None, None, None
 
@@ -305,10 +318,11 @@ def _backward_mlp(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any,
     needs = [need[0], need[2], need[5], need[6], need[7], need[8]]
     with wanting(ctx.kernel):
         if pre is None:
-            pre = OPERATORS.grouped_mlp_pre(x, unit, counts, slot, w1, b1)
-        gradients = OPERATORS.grouped_mlp_backward(
-            grad, pre, x, unit, weight, counts, slot, w1, w2, b2, ctx.activation, needs
-        )
+            pre = _twin("grouped_mlp_pre", x, unit, counts, slot, w1, b1)
+        gradients = _twin(
+            "grouped_mlp_backward",
+            grad, pre, x, unit, weight, counts, slot, w1, w2, b2, ctx.activation, needs,
+        )  # fmt: skip
     d_x, d_weight, d_w1, d_b1, d_w2, d_b2 = _given(gradients, needs)
     return d_x, None, d_weight, None, None, d_w1, d_b1, d_w2, d_b2, None, None, None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .bags import wide
-from .library import OPERATORS, _asked, _define, _fake, _given, _refuse_twice, _register_autograd
+from .library import OPERATORS, _asked, _define, _fake, _given, _refuse_twice, _register_autograd, _twin
 
 __all__ = ["OPERATORS"]  # with those of routing among them
 
@@ -88,7 +88,7 @@ def _backward_route(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     d_score, d_weight = grads[0], grads[4]
     d_logits = None
     if d_score is not None or d_weight is not None:
-        d_logits = OPERATORS.route_backward(*ctx.saved_tensors, d_score, d_weight, *ctx.rules)
+        d_logits = _twin("route_backward", *ctx.saved_tensors, d_score, d_weight, *ctx.rules)
     return d_logits, *[None] * 7
 
 
@@ -98,7 +98,7 @@ def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_logits(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad)
-    return tuple(_given(OPERATORS.router_logits_backward(grad, *ctx.saved_tensors, needs), needs))
+    return tuple(_given(_twin("router_logits_backward", grad, *ctx.saved_tensors, needs), needs))
 
 
 for _name in ("route", "router_logits"):

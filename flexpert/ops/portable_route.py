@@ -19,6 +19,7 @@ SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     # The root's slope is infinite at 0, where softplus underflows.
     "sqrt_softplus": lambda z: F.softplus(z).clamp(min=torch.finfo(z.dtype).tiny).sqrt(),
+    "uniform": torch.ones_like,
 }
 
 # (score, gradient of score) -> gradient of logits.
@@ -27,6 +28,11 @@ _SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sigmoid": lambda p, grad: grad * (1 - p) * p,
     "sqrt_softplus": lambda p, grad: grad * torch.expm1(-p.square()) / (-2 * p),
 }
+
+
+def ranked_by(scoring: str, logits_TE: Tensor, score_TE: Tensor) -> Tensor:
+    """What puts experts in order, but for a bias: their scores, or, where all are 1, their logits."""
+    return logits_TE if scoring == "uniform" else score_TE
 
 
 def normalized(score_TK: Tensor) -> Tensor:
@@ -54,7 +60,8 @@ def route(
     """(score_TE, ids_TK, order_N, unit_N, weight_N, counts_E, slot_N)."""
     tokens, num_experts = logits_TE.shape
     score_TE = SCORINGS[scoring](logits_TE)
-    ids_TK = (score_TE if bias_E is None else score_TE + bias_E).topk(top_k, dim=-1).indices
+    ranking_TE = ranked_by(scoring, logits_TE, score_TE)
+    ids_TK = (ranking_TE if bias_E is None else ranking_TE + bias_E).topk(top_k, dim=-1).indices
     weight_TK = score_TE.gather(1, ids_TK)
     weight_TK = normalized(weight_TK) if normalize else weight_TK
     weight_TK = weight_TK if scale == 1.0 else weight_TK * scale

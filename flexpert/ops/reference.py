@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .activations import get_activation
 from .packing import unpack_mlp
-from .portable_route import SCORINGS, TINY
+from .portable_route import SCORINGS, TINY, ranked_by
 
 
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,8 @@ def route(
 ) -> tuple[Tensor, ...]:
     """See `flexpert.ops.route`; the fields of `Routes`, `limit` -1 for none."""
     (tokens, num_experts), score_TE = logits_TE.shape, SCORINGS[scoring](logits_TE)
-    ranking = (score_TE if bias_E is None else score_TE + bias_E).tolist()
+    ranking_TE = ranked_by(scoring, logits_TE, score_TE)
+    ranking = (ranking_TE if bias_E is None else ranking_TE + bias_E).tolist()
     ids = [_best_first(row)[:top_k] for row in ranking]
     best = score_TE.detach().amax(-1).tolist()
     first = _best_first(best) if prioritized else list(range(tokens))

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from flexpert.core.plan import ExecutionPlan
+from flexpert.ops.buffers import Buffers
 
 from .bound import rows_with
 from .meeting import meet
 from .mesh import ExpertMesh
 from .pending import named
 from .pipeline import Exchange, run
-from .routes import Routes
-from .switch import starts_by_rank, weights_for
+from .routes import Arrivals, PaddedRoutes, RaggedRoutes, Routes
+from .switch import Cut, starts_by_rank, weights_for
 from .timers import phase
 
 
@@ -27,8 +28,11 @@ class Layer(Protocol):
     mesh: ExpertMesh
     verify: bool
 
-    def even_routes(self, rows: int, num_experts: int, r: int, algorithm: str, degree: int) -> Routes:
+    def even_arrivals(self, rows: int, num_experts: int, r: int, algorithm: str, degree: int) -> Arrivals:
         """Of buffers of `rows` rows for every expert."""
+
+    def cut_of(self, bank: Any) -> Cut:
+        """How the tensors of a bank are cut."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +70,20 @@ class Call:
         mesh, plan = self.layer.mesh, self.plan
         # Before parameters are gathered: ranks with different plans would gather on different groups.
         agreed, splits = meet(self, rows_ND, counts, capacity)
-        weights = weights_for(self.bank, mesh, plan.r, dtype, self.name)
+        weights = weights_for(self.bank, self.layer.cut_of(self.bank), plan.r, dtype, self.name)
         if plan.r == 0:
             with phase("experts", len(rows_ND)):
                 y_NO = self._local(rows_ND, counts, weights)
             return y_NO if len(rows_ND) else _anchored(y_NO, weights)
         if plan.capacity == "padded":
-            return self._travel_padded(rows_ND, counts, agreed, weights)
-        routes = Routes(splits, lambda: starts_by_rank(torch.tensor(counts), mesh), plan.degree, plan.r <= 1)
+            return self._travel(rows_ND, self._padded_routes(counts, agreed), weights)
+        arrivals = Arrivals(splits, plan.degree)
+        routes = RaggedRoutes(arrivals, lambda: starts_by_rank(torch.tensor(counts), mesh), plan.r == 1)
         return self._travel(rows_ND, routes, weights)
 
     def _travel(self, rows_ND: Tensor, routes: Routes, weights: dict[str, Tensor]) -> Tensor:
         mesh, plan, bank = self.layer.mesh, self.plan, self.bank
-        here = None if bank.layout() else mesh.experts_of(bank.num_experts)
+        here = None if self.layer.cut_of(bank).layouts else mesh.experts_of(bank.num_experts)
 
         def compute(rows_RD: Tensor, unit_R: Tensor, counts_e: Tensor, *values: Tensor) -> Tensor:
             slot_e = None if here is None else torch.arange(here.start, here.stop, device=counts_e.device)
@@ -94,18 +99,12 @@ class Call:
         )
         return run(exchange, rows_ND, list(weights.values()))
 
-    def _travel_padded(
-        self, rows_ND: Tensor, counts: list[int], capacity: int, weights: dict[str, Tensor]
-    ) -> Tensor:
-        """With every expert's rows in a buffer of `capacity` rows, the rest of it 0."""
-        plan, num_experts = self.plan, self.bank.num_experts
-        routes = self.layer.even_routes(capacity, num_experts, plan.r, plan.algorithm, plan.degree)
-        if len(rows_ND) == num_experts * capacity:  # all are full
-            return self._travel(rows_ND, routes, weights)
-        place_N = places(counts, capacity).to(rows_ND.device)
-        buffer_ND = rows_ND.new_zeros(num_experts * capacity, rows_ND.shape[1])
-        buffer_ND.index_copy_(0, place_N, rows_ND)
-        return self._travel(buffer_ND, routes, weights).index_select(0, place_N)
+    def _padded_routes(self, counts: list[int], capacity: int) -> Routes:
+        """With every expert's rows in a buffer of `capacity` rows."""
+        mesh, plan = self.layer.mesh, self.plan
+        arrivals = self.layer.even_arrivals(capacity, len(counts), plan.r, plan.algorithm, plan.degree)
+        form = Buffers(mesh.expert_ranks, plan.r, capacity, plan.degree)
+        return PaddedRoutes(arrivals, form, counts)
 
     def _local(self, rows_ND: Tensor, counts: list[int], weights: Mapping[str, Tensor] | None) -> Tensor:
         """Results of rows on this rank, in place."""
@@ -115,16 +114,6 @@ class Call:
             y_NO: Tensor = self.bank.rows(rows_ND, unit_N, counts_E)
             return y_NO
         return rows_with(self.bank, weights, rows_ND, unit_N, counts_E, None)
-
-
-def places(counts: list[int], capacity: int) -> Tensor:
-    """int64 (N,): where rows grouped by expert lie in buffers of `capacity` rows per expert."""
-    gaps, start = [], 0  # between a row's place in the buffers and among the rows
-    for expert, count in enumerate(counts):
-        gaps.append(expert * capacity - start)
-        start += count
-    gap_N = torch.tensor(gaps).repeat_interleave(torch.tensor(counts), output_size=start)
-    return gap_N.add_(torch.arange(start))
 
 
 def _anchored(y_NO: Tensor, weights: dict[str, Tensor]) -> Tensor:

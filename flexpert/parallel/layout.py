@@ -76,9 +76,14 @@ def check_bank(name: str, bank: Bank, mesh: ExpertMesh) -> None:
                 )
 
 
-def tensors_of(bank: Any) -> dict[str, Tensor]:
-    """What a call of the bank needs by name: all parameters, and the buffers that are cut over ranks."""
-    layouts, parameters, buffers = bank.layout(), bank._parameters, bank._buffers
+def tensors_of(bank: Any, layouts: Mapping[str, ParamLayout] | None = None) -> dict[str, Tensor]:
+    """What a call of the bank needs by name: all parameters, and the buffers that are cut over ranks.
+
+    Args:
+        layouts: of the bank, where they are known.
+    """
+    layouts = bank.layout() if layouts is None else layouts
+    parameters, buffers = bank._parameters, bank._buffers
     if bank._modules or len(set(map(id, parameters.values()))) < len(parameters):
         parameters, buffers = dict(bank.named_parameters()), dict(bank.named_buffers())
     tables = parameters.items(), ((name, buffer) for name, buffer in buffers.items() if name in layouts)

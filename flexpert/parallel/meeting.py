@@ -35,11 +35,12 @@ def meet(call: Call, rows_ND: Tensor, counts: list[int], capacity: int | None) -
         return needed, None
     # Ranks with different plans must meet in one collective to find out: it is the linear one.
     algorithm = mesh.algorithms["linear" if verify else plan.algorithm]
+    layouts = call.layer.cut_of(call.bank).layouts
     facts = [
         _digest(call.name, call.bank.num_experts, rows_ND.shape[1], rows_ND.dtype),
         int(torch.is_grad_enabled()),
         int(rows_ND.requires_grad),
-        int(any(tensor.requires_grad for tensor in tensors_of(call.bank).values())),
+        int(any(tensor.requires_grad for tensor in tensors_of(call.bank, layouts).values())),
         *plan.encode(),
     ]
     counts_Pe = by_rank(counts, mesh, plan.r or mesh.slices)

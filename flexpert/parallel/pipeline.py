@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpert import ops
-
 from .codec import CODECS
 from .mesh import Algorithm
 from .pending import named
-from .routes import Routes
+from .routes import Routes, beside
 from .timeline import Timeline, active_timeline
 from .timers import phase
 
@@ -74,9 +72,8 @@ def _forward(exchange: Exchange, rows_ND: Tensor, leaves: Sequence[Tensor], ctx:
     """The results; `ctx` gets what backward needs."""
     routes, wants_rows = exchange.routes, ctx is not None and ctx.needs_input_grad[1]
     chunks = range(routes.degree)
-    index = [_to(routes.send_index(chunk), rows_ND) for chunk in chunks]
-    sent = [exchange.start(_take(rows_ND, index[chunk]), chunk) for chunk in chunks]
-    arrivals = [routes.arrivals(chunk) for chunk in chunks]  # worked out while rows are under way
+    sent = [exchange.start(routes.take(rows_ND, chunk), chunk) for chunk in chunks]
+    arrivals = [routes.arrivals.of(chunk) for chunk in chunks]  # worked out while rows are under way
     kept, returning = [], []
     for chunk in chunks:
         with phase("dispatch wait"):
@@ -91,8 +88,8 @@ def _forward(exchange: Exchange, rows_ND: Tensor, leaves: Sequence[Tensor], ctx:
     with phase("combine wait"):
         back = [rows.wait() for rows in returning]
     if ctx is not None:
-        ctx.chunks, ctx.index = kept, index
-    return _put(routes, index, back, rows_ND.shape[0], rows_ND.dtype)
+        ctx.chunks = kept
+    return routes.put(back, rows_ND.shape[0], rows_ND.dtype)
 
 
 class _Run(torch.autograd.Function):
@@ -112,8 +109,9 @@ class _Run(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
     exchange: Exchange = ctx.exchange
-    chunks = range(exchange.routes.degree)
-    sent = [exchange.start(_take(grad_NO, ctx.index[chunk]), chunk) for chunk in chunks]
+    routes = exchange.routes
+    chunks = range(routes.degree)
+    sent = [exchange.start(routes.take(grad_NO, chunk), chunk) for chunk in chunks]
     gradients: list[Tensor | None] = [None] * len(ctx.leaves)
     returning = []
     for chunk in chunks:
@@ -128,7 +126,7 @@ def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         del arrived_RD, y_RO, grad_RO, grad_RD  # nothing else holds them while the next chunk is computed
     with phase("combine wait"):
         back = [rows.wait() for rows in returning]
-    grad_ND = _put(exchange.routes, ctx.index, back, ctx.num_rows, ctx.dtype) if back else None
+    grad_ND = routes.put(back, ctx.num_rows, ctx.dtype) if back else None
     # Zeros in place of None: a rank without rows takes part in the reductions of the others.
     return None, grad_ND, *map(_or_zeros, gradients, ctx.leaves)
 
@@ -140,7 +138,7 @@ def _experts(
     if rows_RD.shape[0] == 0:
         return rows_RD.new_empty(0, exchange.output_dim)
     unit_R, counts_e = arrivals
-    y_RO = exchange.compute(rows_RD, _to(unit_R, rows_RD), _to(counts_e, rows_RD), *leaves)
+    y_RO = exchange.compute(rows_RD, beside(unit_R, rows_RD), beside(counts_e, rows_RD), *leaves)
     return y_RO.to(rows_RD.dtype)
 
 
@@ -157,32 +155,6 @@ def _differentiate(
     if grad_RD is None and rows_RD.requires_grad:
         grad_RD = torch.zeros_like(rows_RD)
     return [grad_RD, *of_leaves]
-
-
-def _take(rows: Tensor, index: Tensor | None) -> Tensor:
-    return rows.contiguous() if index is None else rows.index_select(0, index)
-
-
-def _put(
-    routes: Routes, index: list[Tensor | None], parts: list[Tensor], rows: int, dtype: torch.dtype
-) -> Tensor:
-    """The inverse of `_take`: each row in its place; of one that went to several ranks, the sum."""
-    if len(parts) == 1 and index[0] is None:
-        return parts[0]
-    values = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if routes.in_order or dtype.itemsize < 4:
-        index_N = torch.cat([part for part in index if part is not None])
-        if routes.in_order:
-            return values.new_empty(rows, values.shape[1]).index_copy_(0, index_N, values)
-        count = torch.tensor([index_N.shape[0]], device=index_N.device)
-        return ops.scatter_combine(values, index_N, None, count, rows, dtype)
-    if rows == 0:
-        return values
-    first, *more = _to(routes.copies(rows), values)
-    total = values.index_select(0, first)
-    for copies in more:
-        total += values.index_select(0, copies)
-    return total.to(dtype)
 
 
 def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -204,8 +176,3 @@ def _span(name: str, chunk: int, rows: int = 0) -> AbstractContextManager[None]:
 def _recorded(timeline: Timeline, name: str, chunk: int, rows: int) -> Iterator[None]:
     with timeline.span(name, chunk), phase("experts", rows):
         yield
-
-
-def _to(tensor: Tensor | None, like: Tensor) -> Any:
-    """The tensor, made on the host, on the device of the rows."""
-    return tensor if tensor is None or like.is_cpu else tensor.to(like.device)

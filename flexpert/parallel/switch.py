@@ -24,8 +24,31 @@ def block_size(mesh: ExpertMesh, r: int) -> int:
     return mesh.slices // max(r, 1)
 
 
+class Cut:
+    """How the tensors of one bank are cut on a mesh, worked out once, as small calls have no time for it.
+
+    Args:
+        bank: as it is laid out.
+        mesh: the ranks.
+
+    Attributes:
+        layouts: of the bank.
+    """
+
+    def __init__(self, bank: Bank, mesh: ExpertMesh) -> None:
+        self.layouts = dict(bank.layout())
+        self._mesh = mesh
+        self._parts: dict[int, dict[str, Part]] = {}
+
+    def parts(self, r: int) -> dict[str, Part]:
+        """What is done with each cut tensor under r."""
+        if r not in self._parts:
+            self._parts[r] = {name: _part(layout, self._mesh, r) for name, layout in self.layouts.items()}
+        return self._parts[r]
+
+
 def weights_for(
-    bank: Bank, mesh: ExpertMesh, r: int, dtype: torch.dtype, layer: str = "experts"
+    bank: Bank, cut: Cut, r: int, dtype: torch.dtype, layer: str = "experts"
 ) -> dict[str, Tensor]:
     """The parameters that this rank computes with under r, in `dtype`, differentiable, and the buffers.
 
@@ -33,11 +56,11 @@ def weights_for(
     as the sum over the replica's ranks, divided so that the mean over the ranks with equal copies is
     (1 / W) * the sum over all W ranks.
     """
-    layouts, tensors = bank.layout(), tensors_of(bank)
-    cut = [name for name in tensors if name in layouts]
-    parts = [_part(layouts[name], mesh, r) for name in cut]
-    wholes = gathered([tensors[name] for name in cut], parts, dtype, f"{layer} parameters")
-    return {**tensors, **dict(zip(cut, wholes, strict=True))}
+    tensors, parts = tensors_of(bank, cut.layouts), cut.parts(r)
+    names = [name for name in tensors if name in parts]
+    shares = [tensors[name] for name in names]
+    wholes = gathered(shares, [parts[name] for name in names], dtype, f"{layer} parameters")
+    return {**tensors, **dict(zip(names, wholes, strict=True))}
 
 
 def _part(layout: ParamLayout, mesh: ExpertMesh, r: int) -> Part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from .chooser import PlanChooser
 from .differentiable import all_reduce
 from .layout import check_bank, check_bank_allows
 from .mesh import ExpertMesh
-from .routes import Routes
-from .switch import even_counts, starts_by_rank
+from .routes import Arrivals
+from .switch import Cut, even_counts
 
 
 class ExpertParallel:
@@ -44,8 +45,9 @@ class ExpertParallel:
         self.name, self.mesh, self.plan, self.verify = name, mesh, plan, verify
         self.chooser: PlanChooser | None = None
         # Of the last few shapes: what small calls would else spend their time on.
-        self.even_routes = lru_cache(maxsize=8)(self._even_routes)
+        self.even_arrivals = lru_cache(maxsize=8)(self._even_arrivals)
         self._checked: set[ExecutionPlan] = set()
+        self._cuts: WeakKeyDictionary[Any, Cut] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
         """The same object: process groups are shared, not copied."""
@@ -74,12 +76,17 @@ class ExpertParallel:
                 check_bank_allows(plan, bank, f"{self.name}.{name}" if name else self.name, self.mesh)
         self._checked.add(plan)
 
-    def _even_routes(self, rows: int, num_experts: int, r: int, algorithm: str, degree: int) -> Routes:
+    def cut_of(self, bank: Any) -> Cut:
+        """How the tensors of a bank are cut."""
+        cut = self._cuts.get(bank)
+        if cut is None:
+            cut = self._cuts[bank] = Cut(bank, self.mesh)
+        return cut
+
+    def _even_arrivals(self, rows: int, num_experts: int, r: int, algorithm: str, degree: int) -> Arrivals:
         """Of buffers of `rows` rows for every expert."""
         matrix = even_counts(rows, num_experts, self.mesh, r)
-        splits = self.mesh.algorithms[algorithm].known(matrix)
-        full_E = torch.full((num_experts,), rows, dtype=torch.int64)
-        return Routes(splits, lambda: starts_by_rank(full_E, self.mesh), degree, r <= 1)
+        return Arrivals(self.mesh.algorithms[algorithm].known(matrix), degree)
 
     def __call__(
         self,

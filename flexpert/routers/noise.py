@@ -11,6 +11,7 @@ from torch import Tensor
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import InputError
 from flexpert.core.recomputing import recomputing
+from flexpert.ops.hashed import hashed_uniform
 
 _STEP = -7046029254386353131  # 2^64 / golden ratio, as signed 64 bit
 _MIX = (-4658895280553007687, -7723592293110705685)
@@ -30,6 +31,8 @@ def mix(z: Tensor) -> Tensor:
 
 def uniform(key: Tensor, counter: Tensor) -> Tensor:
     """fp32 values in (0, 1), one per counter; 23 bits, as n + 0.5 of 24 bits would round up to 1."""
+    if (values := hashed_uniform(key, counter)) is not None:
+        return values
     return (_shift_right(mix(mix(counter) + key), 41).float() + 0.5) * 2.0**-23
 
 

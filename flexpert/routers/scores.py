@@ -145,15 +145,12 @@ class HashScore(Router):
         return 0
 
 
-SCORINGS = {**ops.SCORINGS, "uniform": torch.ones_like}
-
-
 def check_scoring(name: str) -> None:
     """Raise `ConfigError` unless a scoring has that name; the message lists those that have one."""
-    if name not in SCORINGS:
-        raise ConfigError(f"unknown scoring {name!r}: {suggest(name, SCORINGS)}")
+    if name not in ops.SCORINGS:
+        raise ConfigError(f"unknown scoring {name!r}: {suggest(name, ops.SCORINGS)}")
 
 
 def scoring(name: str, logits_TE: Tensor) -> Tensor:
     """Gate scores (T, E) from logits: softmax, sigmoid, sqrt_softplus, or uniform (1 for all)."""
-    return SCORINGS[name](logits_TE)
+    return ops.SCORINGS[name](logits_TE)

@@ -173,7 +173,7 @@ class _Wrapped(torch.Tensor):
 
 
 def test_who_watches_sees_the_operators():
-    """Without gradients plain calls skip the dispatcher; a mode, a profiler and subclasses do not."""
+    """Plain calls skip the dispatcher; those under a mode or a profiler, and of subclasses, do not."""
     logits, name = torch.randn(3, 4), "flexpert::router_logits"
     weight = torch.randn(5, 4)
     with torch.no_grad():
@@ -186,3 +186,17 @@ def test_who_watches_sees_the_operators():
         assert name in {event.key for event in profile.key_averages()}
         wrapped = ops.router_logits(logits, weight.as_subclass(_Wrapped))
         assert torch.equal(wrapped.as_subclass(torch.Tensor), want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_have_the_same_bits_whoever_watches(make_case, name):
+    function, leaves = calls(make_case(**SMALL, dtype=torch.float32))[name]
+
+    def values():
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    want = values()
+    with _Seen() as seen:
+        assert all(map(torch.equal, values(), want))
+    assert {f"flexpert::{name}", f"flexpert::{name}_backward"} <= set(seen.names)

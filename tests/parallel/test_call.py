@@ -1,4 +1,4 @@
-"""What one call works out on its rank: places in buffers, counts by rank, a bank with other parameters."""
+"""What one call works out on its rank: counts by rank, a bank with other parameters."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ import torch
 from flexpert import InputError, MoE, MoEConfig, ops
 from flexpert.parallel import ExecutionPlan, expert_mesh, parallelize
 from flexpert.parallel.bound import rows_with
-from flexpert.parallel.call import places
 from flexpert.parallel.meeting import by_rank
 from flexpert.testing import run_ranks
-
-
-@pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 0], [4, 4, 4], [1]])
-def test_places_are_those_of_a_loop(counts):
-    want = [4 * expert + row for expert, count in enumerate(counts) for row in range(count)]
-    assert places(counts, 4).tolist() == want
 
 
 def test_counts_by_rank_go_to_one_of_each_block():

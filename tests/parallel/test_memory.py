@@ -12,6 +12,8 @@ from flexpert.parallel.all_to_all import PendingRows
 from flexpert.parallel.hierarchical import Hierarchical
 from flexpert.parallel.pending import Pending
 from flexpert.parallel.pipeline import Exchange, run
+from flexpert.parallel.routes import Arrivals, RaggedRoutes
+from flexpert.parallel.splits import Splits
 
 
 class Loopback:
@@ -33,13 +35,8 @@ class Loopback:
 
 
 def test_backward_holds_nothing_of_a_chunk_whose_gradients_travel_home():
-    routes = SimpleNamespace(
-        degree=1,
-        splits=None,
-        in_order=True,
-        send_index=lambda chunk: None,
-        arrivals=lambda chunk: (torch.arange(5), torch.tensor([5])),
-    )
+    arrivals = Arrivals(Splits([[5]], [[5]]), degree=1)
+    routes = RaggedRoutes(arrivals, lambda: torch.tensor([[0]]), in_order=True)
     algorithm = Loopback()
     exchange = Exchange(
         name="test",

@@ -160,3 +160,16 @@ def test_micro_batches_of_a_step_do_not_share_their_noise():
         for i in range(2)
     )
     assert (one.logits_TE != two.logits_TE).all()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (20_000,)])
+def test_native_noise_has_the_same_bits(shape, monkeypatch):
+    key = torch.tensor(-123456789012345)
+    counter = torch.randint(-(2**62), 2**62, shape, generator=torch.Generator().manual_seed(0))
+    for counters in (counter, counter.T if counter.dim() == 2 else counter):
+        got = noise.uniform(key, counters)
+        with monkeypatch.context() as patch:
+            patch.setattr(noise, "hashed_uniform", lambda *_: None)
+            want = noise.uniform(key, counters)
+        assert torch.equal(got, want)
+        assert got.shape == counters.shape

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexpert import ConfigError, InputError, MoE, MoEConfig, RoutingContext
+from flexpert import ConfigError, InputError, MoE, MoEConfig, RoutingContext, ops
 from flexpert.routers import CosineRouter, HashRouter, LinearRouter
-from flexpert.routers.scores import SCORINGS, scoring
+from flexpert.routers.scores import scoring
 from flexpert.testing import assert_close
 
 NOTHING = RoutingContext()
@@ -182,7 +182,7 @@ def test_scorings():
     assert torch.equal(scoring("uniform", z), torch.ones_like(z))
 
 
-@pytest.mark.parametrize("name", SCORINGS)
+@pytest.mark.parametrize("name", ops.SCORINGS)
 def test_scorings_of_extreme_logits_have_finite_gradients(name):
     limit = torch.finfo(torch.float32).min
     z = torch.tensor([[-200.0, 0.0, 90.0], [limit, 1.0, limit]], requires_grad=True)

@@ -16,7 +16,7 @@ from flexpert.ops.backend import CallFacts, Kernel
 from flexpert.ops.memory import empty
 from flexpert.ops.products import slack
 
-from . import layer, route
+from . import layer, route, rows
 from .build import native
 from .checks import check, check_inputs, check_packed
 from .layer import NUMBER, SUFFIX
@@ -48,7 +48,8 @@ def verify(facts: CallFacts) -> str | None:
 
 def instructions(facts: CallFacts) -> str:
     """What such calls, which `verify` accepts, compute with."""
-    return native().instructions(torch.float32 if facts.operator in route.DTYPES else facts.dtype)
+    is_wide = facts.operator in route.DTYPES or facts.operator in rows.KERNELS
+    return native().instructions(torch.float32 if is_wide else facts.dtype)
 
 
 def _function(name: str, dtype: torch.dtype) -> Callable[[bytes], int]:
@@ -216,5 +217,6 @@ KERNELS: dict[str, Kernel] = {
     "grouped_mlp_backward": grouped_mlp_backward,
     "grouped_mlp_pre": grouped_mlp_pre,
     **route.KERNELS,
+    **rows.KERNELS,
 }
 SHORTCUTS = layer.SHORTCUTS

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from flexpert.core.errors import ConfigError, FlexpertError, InputError
+from flexpert.core.errors import ConfigError, InputError
 from flexpert.ops import portable_route
 from flexpert.ops.backend import Kernel
 from flexpert.ops.memory import empty
 
 from .build import native
+from .calls import check, run
 from .threads import num_threads
 
-SCORINGS = ("softmax", "sigmoid", "sqrt_softplus")
+SCORINGS = ("softmax", "sigmoid", "sqrt_softplus", "uniform")
 FEW_TOKENS = 64  # up to which logits are computed from operands as they are
 
 # The dtypes of the first argument that these kernels take.
@@ -38,33 +37,7 @@ _LOGITS = struct.Struct("=7q")
 _SCORE = struct.Struct("=8q")
 _SCORE_BACKWARD = struct.Struct("=10q")
 
-_functions: dict[tuple[str, str], Callable[..., int]] = {}
-
-
-def _run(name: str, call: bytes, *flags: int, dtype: torch.dtype = torch.float32) -> None:
-    uses = native().instructions(dtype)
-    function = _functions.get((name, uses))
-    if function is None:
-        function = getattr(native().library, f"flexpert_{name}{'_avx2' if uses == 'AVX2' else ''}")
-        function.argtypes = (ctypes.c_char_p, *[ctypes.c_int64] * len(flags))
-        function.restype = ctypes.c_int64
-        _functions[name, uses] = function
-    status = function(call, *flags)
-    if status == 1:
-        raise FlexpertError(f"{name}: not enough memory")
-    if status:
-        raise InputError(f"{name}: ids_TK or order_N has a number outside its range")
-
-
-def _check(name: str, **shapes: tuple[Tensor, tuple[int, ...], torch.dtype]) -> None:
-    """Kernels trust sizes: what PyTorch's operators would refuse is refused here."""
-    for tensor_name, (tensor, shape, dtype) in shapes.items():
-        if tensor.shape != shape or tensor.dtype != dtype:
-            raise InputError(
-                f"{name}: {tensor_name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {tuple(shape)}"
-            )
-        if not tensor.is_cpu:
-            raise InputError(f"{name}: {tensor_name} is on {tensor.device}, the other tensors are on cpu")
+_REFUSAL = "ids_TK or order_N has a number outside its range"
 
 
 def _scoring(name: str) -> int:
@@ -76,15 +49,15 @@ def _scoring(name: str) -> int:
 def assign(key_N: Tensor, num_bins: int, capacity_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """(order_N, counts_B)."""
     key_N = key_N.contiguous()
-    _check("assign", key_N=(key_N, (key_N.numel(),), torch.int64))
+    check("assign", key_N=(key_N, (key_N.numel(),), torch.int64))
     capacity = 0
     if capacity_B is not None:
-        _check("assign", capacity_B=(capacity_B, (num_bins,), torch.int64))
+        check("assign", capacity_B=(capacity_B, (num_bins,), torch.int64))
         capacity_B = capacity_B.contiguous()
         capacity = capacity_B.data_ptr()
     order_N, counts_B = torch.empty_like(key_N), key_N.new_empty(num_bins)
     addresses = key_N.data_ptr(), capacity, order_N.data_ptr(), counts_B.data_ptr()
-    _run("assign", _ASSIGN.pack(key_N.shape[0], num_bins, num_threads(), *addresses))
+    run("assign", _ASSIGN.pack(key_N.shape[0], num_bins, num_threads(), *addresses))
     return order_N, counts_B
 
 
@@ -104,7 +77,7 @@ def route(
         raise InputError(f"route: top_k={top_k} of {num_experts} experts")
     bias = 0
     if bias_E is not None:
-        _check("route", bias_E=(bias_E, (num_experts,), torch.float32))
+        check("route", bias_E=(bias_E, (num_experts,), torch.float32))
         bias_E = bias_E.contiguous()
         bias = bias_E.data_ptr()
     logits_TE, rows, kind = logits_TE.contiguous(), tokens * top_k, torch.int64
@@ -117,7 +90,7 @@ def route(
         tokens, num_experts, top_k, _scoring(scoring), normalize, limit, prioritized, num_threads(),
         logits_TE.data_ptr(), bias, *[output.data_ptr() for output in outputs], scale,
     )  # fmt: skip
-    _run("route", call)
+    run("route", call)
     return outputs
 
 
@@ -145,7 +118,7 @@ def route_backward(
     if d_weight_N is not None:
         d_weight_N = d_weight_N.contiguous()
         inputs["d_weight_N"] = d_weight_N, order_N.shape, real
-    _check("route_backward", **inputs)
+    check("route_backward", **inputs)
     d_logits_TE = score_TE.new_empty(tokens, num_experts)
     tensors = [tensor.contiguous() for tensor in (score_TE, ids_TK, order_N, counts_E)]
     call = _ROUTE_BACKWARD.pack(
@@ -154,7 +127,7 @@ def route_backward(
         *[0 if grad is None else grad.data_ptr() for grad in (d_score_TE, d_weight_N)],
         d_logits_TE.data_ptr(), scale,
     )  # fmt: skip
-    _run("route_backward", call)
+    run("route_backward", call, refusal=_REFUSAL)
     return d_logits_TE
 
 
@@ -164,16 +137,16 @@ def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     is_many = tokens > FEW_TOKENS
     if is_many and not _multiplies_half(x_TD, w_ED):
         return portable_route.router_logits(x_TD, w_ED)
-    _check("router_logits", w_ED=(w_ED, (num_experts, size), x_TD.dtype))
+    check("router_logits", w_ED=(w_ED, (num_experts, size), x_TD.dtype))
     x_TD, w_ED = x_TD.contiguous(), w_ED.contiguous()
     logits_TE = x_TD.new_empty(tokens, num_experts, dtype=torch.float32)
     addresses = x_TD.data_ptr(), w_ED.data_ptr(), logits_TE.data_ptr()
     if is_many:
         call = _SCORE.pack(tokens, num_experts, size, num_threads(), _has_amx(), *addresses)
-        _run("score_bf16", call, dtype=torch.bfloat16)
+        run("score_bf16", call, dtype=torch.bfloat16)
     else:
         call = _LOGITS.pack(tokens, num_experts, size, num_threads(), *addresses)
-        _run("router_logits", call, x_TD.dtype == torch.bfloat16)
+        run("router_logits", call, x_TD.dtype == torch.bfloat16)
     return logits_TE
 
 
@@ -184,7 +157,7 @@ def router_logits_backward(
     (tokens, size), num_experts = x_TD.shape, len(w_ED)
     if tokens <= FEW_TOKENS or not _multiplies_half(x_TD, w_ED):
         return portable_route.router_logits_backward(grad_TE, x_TD, w_ED, needs)
-    _check(
+    check(
         "router_logits_backward",
         w_ED=(w_ED, (num_experts, size), x_TD.dtype),
         grad_TE=(grad_TE, (tokens, num_experts), torch.float32),
@@ -195,7 +168,7 @@ def router_logits_backward(
     inputs = [tensor.data_ptr() for tensor in (grad_TE, x_TD, w_ED)]
     outputs = [tensor.data_ptr() if need else 0 for tensor, need in zip((d_x, d_w), needs, strict=True)]
     sizes = tokens, num_experts, size, num_threads(), _has_amx()
-    _run("score_backward_bf16", _SCORE_BACKWARD.pack(*sizes, *inputs, *outputs), dtype=torch.bfloat16)
+    run("score_backward_bf16", _SCORE_BACKWARD.pack(*sizes, *inputs, *outputs), dtype=torch.bfloat16)
     return d_x, d_w
 
 

@@ -14,7 +14,7 @@ import torch
 
 from flexpert import ops
 from flexpert.core.errors import ConfigError
-from flexpert.ops.cpu import backend, build, route
+from flexpert.ops.cpu import backend, build, calls, route
 
 ROOT = Path(__file__).parents[3]
 CALL = """
@@ -148,19 +148,21 @@ def test_the_cap_decides_what_is_called_and_told(live, cap, monkeypatch):
             return lambda *call: 0
 
     monkeypatch.setattr(build, "_native", replace(live, library=Library()))
-    for module in (backend, route):
+    for module in (backend, calls):
         monkeypatch.setattr(module, "_functions", {})
     unit, count = torch.arange(2), torch.tensor([2])
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(2, 3, dtype=dtype), torch.ones(1, 3, 3, dtype=dtype)
         backend.grouped_mlp(x, unit, None, count, None, w, None, w, None, "relu", False)
     route.router_logits(x, x)
+    backend.KERNELS["gather_rows"](x, unit, count)
     end = "_avx2" if cap == "avx2" else ""
     end_bf16 = end if live.avx512_bf16 else "_avx2"
     assert called == [
         f"flexpert_mlp_f32{end}",
         f"flexpert_mlp_bf16{end_bf16}",
         f"flexpert_router_logits{end}",
+        f"flexpert_gather_rows{end}",
     ]
     rows = {row["operator"]: row["why"] for row in ops.report() if row["live"]}
     name = "AVX2" if cap == "avx2" else "AVX-512"

@@ -90,7 +90,7 @@ def test_strides_and_what_is_not_asked_for():
 
 def test_kernels_are_called_where_the_processor_multiplies_bf16(monkeypatch):
     called = []
-    monkeypatch.setattr(native_route, "_run", lambda name, *args, **kwargs: called.append(name))
+    monkeypatch.setattr(native_route, "run", lambda name, *args, **kwargs: called.append(name))
     x, w, grad = make(FEW + 1, 8, 4)
     ops.router_logits(x, w)
     torch.ops.flexpert.router_logits_backward(grad, x, w, [True, True])

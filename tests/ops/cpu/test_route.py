@@ -17,6 +17,7 @@ from flexpert.routers import LinearRouter
 pytestmark = [pytest.mark.usefixtures("live", "poisoned"), pytest.mark.each_cap]
 
 SCORINGS = sorted(ops.SCORINGS)
+LEARNED = sorted(ops.SCORINGS.keys() - {"uniform"})
 ANY_SHAPE = settings(
     max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -34,7 +35,8 @@ def check(logits, top_k, scoring, bias, normalize, scale, limit, prioritized):
     )  # fmt: skip
     (tokens, experts), score = logits.shape, routes.score_TE
     torch.testing.assert_close(score, ops.SCORINGS[scoring](logits), rtol=2e-6, atol=1e-37)
-    ranking = score if bias is None else score + bias
+    ranking = portable_route.ranked_by(scoring, logits, score)
+    ranking = ranking if bias is None else ranking + bias
     ids = ranking.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     assert torch.equal(routes.ids_TK, ids)
     best = score.amax(-1) if prioritized else torch.zeros(tokens)
@@ -122,7 +124,8 @@ def test_infinite_and_huge_logits(scoring):
     want = ops.SCORINGS[scoring](logits)
     routes = ops.route(logits, 3, scoring)
     torch.testing.assert_close(routes.score_TE, want, rtol=2e-6, atol=1e-37)
-    assert torch.equal(routes.ids_TK, routes.score_TE.sort(dim=-1, descending=True, stable=True).indices)
+    ranking = portable_route.ranked_by(scoring, logits, routes.score_TE)
+    assert torch.equal(routes.ids_TK, ranking.sort(dim=-1, descending=True, stable=True).indices)
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
@@ -150,7 +153,7 @@ def test_a_nan_stays_in_its_token(scoring, prioritized):
     tokens=st.sampled_from([0, 1, 7, 33]),
     experts=st.sampled_from([1, 2, 8, 17, 40]),
     share=st.floats(0, 1),
-    scoring=st.sampled_from(SCORINGS),
+    scoring=st.sampled_from(LEARNED),
     normalize=st.booleans(),
     limit=st.sampled_from([None, 1, 4]),
     given_grads=st.sampled_from(["both", "score", "weight"]),
@@ -173,10 +176,17 @@ def test_gradient_against_loops(tokens, experts, share, scoring, normalize, limi
 
 def test_vanishing_scores_have_the_gradient_of_plain_pytorch():
     logits = torch.tensor([[-1e4, -2e4, 0.0], [-40.0, -20.0, -1.0], [-1e-3, 1e-3, 30.0]], requires_grad=True)
-    for scoring in SCORINGS:
+    for scoring in LEARNED:
         (want,) = torch.autograd.grad(ops.SCORINGS[scoring](logits)[:, :2].sum(), logits)
         (got,) = torch.autograd.grad(ops.route(logits, 1, scoring).score_TE[:, :2].sum(), logits)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-18)
+
+
+def test_uniform_scores_have_no_gradient():
+    logits = make_logits(7, 5).requires_grad_()
+    routes = ops.route(logits, 2, "uniform")
+    assert not routes.weight_N.requires_grad
+    assert not routes.score_TE.requires_grad
 
 
 def test_inputs_of_any_strides():

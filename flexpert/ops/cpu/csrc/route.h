@@ -101,9 +101,10 @@ class Router {
     for (index t = first_token(range); t < first_token(range + 1); ++t) {
       float* score = pointer<float>(c.score) + t * c.experts;
       index* ids = pointer<index>(c.ids) + t * c.top_k;
-      scores(Scoring(c.scoring), pointer<float>(c.logits) + t * c.experts, row, c.experts);
-      for (index i = 0; i < c.experts; i += LANES) store(score + i, load(row + i), c.experts - i);
+      ranking(Scoring(c.scoring), pointer<float>(c.logits) + t * c.experts, row, c.experts);
       best_experts(row, bias, c.experts, c.top_k, rank_ + range * padded(c.experts), ids);
+      if (c.scoring == UNIFORM) ones(row, c.experts);
+      for (index i = 0; i < c.experts; i += LANES) store(score + i, load(row + i), c.experts - i);
       weigh(row, ids, weight_ + t * c.top_k);
       if (c.prioritized)
         tokens_[t] = uint64_t(urgency(row, c.experts)) << 32 | uint64_t(t);

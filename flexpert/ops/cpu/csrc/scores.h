@@ -10,8 +10,8 @@ namespace {
 
 constexpr index LANES = 16;
 
-// The order of `SCORINGS` in route.py.
-enum Scoring : index { SOFTMAX, SIGMOID_SCORE, SQRT_SOFTPLUS };
+// The order of `SCORINGS` in route.py. UNIFORM scores are all 1, and the logits put the experts in order.
+enum Scoring : index { SOFTMAX, SIGMOID_SCORE, SQRT_SOFTPLUS, UNIFORM };
 
 inline index padded(index size) { return (size + LANES - 1) / LANES * LANES; }
 
@@ -66,7 +66,16 @@ inline void softmax(const float* z, float* row, index size) {
   for (index i = 0; i < size; i += LANES) store(row + i, mul(load(row + i), share));
 }
 
-inline void scores(Scoring scoring, const float* z, float* row, index size) {
+inline void ones(float* row, index size) {
+  for (index i = 0; i < size; i += LANES) store(row + i, constant(1.0f));
+}
+
+// What experts are ranked by: the scores, but for UNIFORM ones. A zero has no sign, which would count in the order.
+inline void ranking(Scoring scoring, const float* z, float* row, index size) {
+  if (scoring == UNIFORM) {
+    for (index i = 0; i < size; i += LANES) store(row + i, add(load(z + i, size - i), constant(0.0f)));
+    return;
+  }
   if (scoring == SOFTMAX) return softmax(z, row, size);
   for (index i = 0; i < size; i += LANES) store(row + i, score_of(scoring, load(z + i, size - i)));
 }

@@ -92,6 +92,22 @@ inline Vector load(const T* from, index left) {
 }
 inline void store(float* to, Vector value, index left) { store_row(to, value, left); }
 
+// In the low half of each 32 bits. A NaN stays one: rounding might carry it to infinity, or past it to zero.
+inline __m256i narrow(__m256 value) {
+  const __m256i bits = _mm256_castps_si256(value), upper = _mm256_srli_epi32(bits, 16);
+  const __m256i half = _mm256_add_epi32(_mm256_and_si256(upper, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+  const __m256i number = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m256i nan = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+  const __m256 is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+  return _mm256_blendv_epi8(number, nan, _mm256_castps_si256(is_nan));
+}
+
+inline __m256i narrow(Vector value) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(narrow(value.low), narrow(value.high)), 0xd8);
+}
+
+inline void store(uint16_t* to, Vector value, index left) { store_16(to, narrow(value), left); }
+
 // Arithmetic ---------------------------------------------------------------------------------------------------
 
 inline Vector add(Vector a, Vector b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }

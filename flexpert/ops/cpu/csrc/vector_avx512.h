@@ -49,6 +49,15 @@ inline Vector load_row(const T* source, index count) {
   return load_first(source, first_lanes(count));
 }
 inline void store(float* to, Vector value, index left) { _mm512_mask_storeu_ps(to, lanes_of(left), value); }
+// To the nearest, of two the even one, where no instruction does. A NaN stays one: rounding might carry it away.
+inline void store(uint16_t* to, Vector value, index left) {
+  const __m512i bits = _mm512_castps_si512(value), upper = _mm512_srli_epi32(bits, 16);
+  const __m512i half = _mm512_add_epi32(_mm512_and_si512(upper, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+  const __m512i number = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_or_epi32(number, is_nan, upper, _mm512_set1_epi32(0x40));
+  _mm256_mask_storeu_epi16(to, lanes_of(left), _mm512_cvtepi32_epi16(result));
+}
 inline void store_row(float* to, Vector value, index count) { _mm512_mask_storeu_ps(to, first_lanes(count), value); }
 
 // Arithmetic ---------------------------------------------------------------------------------------------------
