@@ -180,20 +180,20 @@ constexpr std::array<MultiplyRows, 8> ONE[] = {multiply_table<1, false, false>(O
 constexpr std::array<MultiplyRows, 6> TWO[] = {multiply_table<2, false, false>(OneToSix()),
                                                multiply_table<2, true, false>(OneToSix()),
                                                multiply_table<2, false, true>(OneToSix())};
-enum Kind : index { PLAIN, ACROSS, ASKING };
+enum Loop : index { BY_ROWS, ACROSS, BY_ROWS_AND_ASKING };
 
 struct Multiplier {
   static constexpr bool HAS_TILES = false;
 
   explicit Multiplier(index) {}
 
-  // sums[part] = left x right[part] for the first `rows` rows; `work` is called once per part and k block. A left operand
-  // that is not turned may come with memory to ask for all the time (`Ahead`).
+  // sums[part] = left x right[part] for the first `rows` rows; `work` is called once per part and k block. With a left
+  // operand that is not turned, memory may be asked for all the time (`Ahead`).
   template <typename Work, typename Asked = std::nullptr_t>
   void operator()(const Operands<float>& o, Sums sums, index rows, const Work& work, Asked ahead = {}) const {
     constexpr bool ASKS = !std::is_same_v<Asked, std::nullptr_t>;
-    const Kind kind = ASKS ? ASKING : o.turned ? ACROSS : PLAIN;
-    const MultiplyRows* kernels = o.parts == 1 ? ONE[kind].data() : TWO[kind].data();
+    const Loop loop = ASKS ? BY_ROWS_AND_ASKING : o.turned ? ACROSS : BY_ROWS;
+    const MultiplyRows* kernels = o.parts == 1 ? ONE[loop].data() : TWO[loop].data();
     const index most = o.parts == 1 ? 8 : 6, steps = (rows + most - 1) / most, span = RUN * o.height;
     Run run = {o.left, o.right, o.left_step, o.apart, 0, o.height, o.begin};
     if constexpr (ASKS) ahead.cut(steps * ((o.k + o.height - 1) / o.height));

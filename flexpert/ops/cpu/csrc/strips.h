@@ -41,7 +41,8 @@ struct ByK {
 
   Area piece(index column, index at) const {
     const index bytes = least(ABREAST * BLOCK, columns - column * BLOCK) * sizeof(Element);
-    return {weights + at * columns + column * BLOCK, bytes, columns * (index)sizeof(Element), least(PIECE_K, size - at)};
+    const index stride = columns * sizeof(Element);
+    return {weights + at * columns + column * BLOCK, bytes, stride, least(PIECE_K, size - at)};
   }
 };
 
