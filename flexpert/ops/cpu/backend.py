@@ -187,7 +187,8 @@ def grouped_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, w1, b1, w2, b2); an empty tensor for those not asked for."""
     check_inputs(x_TD, unit_N, weight_N, counts_E, slot_E, w1, None, w2, b2)
-    check({"grad": (grad_TO, (len(x_TD), w2.shape[1]))}, x_TD.dtype)
+    kept = len(unit_N) + slack(x_TD.dtype), w1.shape[1:-1].numel()
+    check({"grad": (grad_TO, (len(x_TD), w2.shape[1])), "pre": (pre, kept)}, x_TD.dtype)
     dtype, shapes = x_TD.dtype, (x_TD.shape, unit_N.shape, w1.shape, w1.shape[:-1], w2.shape, w2.shape[:2])
     needs = [needs[0], needs[1] and weight_N is not None, *needs[2:]]
     weight = x_TD.new_empty(0, dtype=torch.float32)

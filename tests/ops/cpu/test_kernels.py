@@ -114,6 +114,16 @@ def test_bad_arguments_are_named(make_case, change, error):
         ops.grouped_mlp(*case.args)
 
 
+@pytest.mark.parametrize("change", ["fewer rows", "narrow", "dtype"])
+def test_what_backward_is_given_must_be_what_forward_kept(make_case, change):
+    case = make_case(dtype=torch.float32)
+    operators, weights = torch.ops.flexpert, (case.w1, case.w2, case.b2, case.activation, [True] * 6)
+    y, pre = operators.grouped_mlp(*case.args, True)
+    pre = {"fewer rows": pre[1:], "narrow": pre[:, 1:], "dtype": pre.bfloat16()}[change]
+    with pytest.raises(InputError, match="grouped_mlp: pre has"):
+        operators.grouped_mlp_backward(torch.ones_like(y), pre.detach(), *case.args[:5], *weights)
+
+
 def test_operators_without_a_native_kernel_run(make_case):
     case = make_case(dtype=torch.float32)
     rows = ops.gather_rows(case.x_TD, case.unit_N, case.counts_E)
