@@ -88,7 +88,7 @@ class Strips {
       operands.next_left = b + 1 < number ? operands.left + depth * TILE : begin;
       operands.next_right = operands.next_left;  // the piece is near already
       operands.begin = at ? sums[b][0] : nullptr;
-      if constexpr (TURNED) multiply(operands, sums[b], wave.rows[b].count, [] {}, Ahead(soon, b, number, 1));
+      if constexpr (TURNED) multiply(operands, sums[b], wave.rows[b].count, [] {}, Ahead({soon, b, number}, 1));
     }
   }
 
