@@ -71,6 +71,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; key=value settings may stand before and after others, which argparse alone refuses."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    later = [word for word in rest if not word.startswith("-") and hasattr(options, "overrides")]
+    if len(later) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if later:
+        options.overrides += later
+    return options
+
+
 @contextmanager
 def _announcements() -> Iterator[None]:
     """Show what the library logs (a download that takes a while, for example) on standard error."""
@@ -92,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or the one in the result; 2 for wrong usage or an error of ours, told in one line;
         130 after Ctrl-C.
     """
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         with _announcements():
             result = options.module.run(options)

@@ -65,6 +65,8 @@ class Session:
         world = cluster.spec.world_size
         if self.only_rank is not None and not 0 <= self.only_rank < world:
             raise ConfigError(f"only_rank={self.only_rank}: the cluster has the ranks 0 to {world - 1}")
+        if self.control is not None and (self.control.exists() or not self.control.parent.is_dir()):
+            raise ConfigError(f"control={str(self.control)!r}: name a new file in a folder that exists")
         program = program_to_fork(self.command, self.fork)
         for _, text in self.at:
             parse_action(text, cluster.spec)  # refuses a wrong one now, not in the middle

@@ -3,7 +3,7 @@
     uniform                                        equal numbers, exactly
     zipf:skew=1.0,seed=3                           the i-th busiest expert has i^-skew times the busiest's
     zipf:skew=1.0,drift=0.1,correlation=0.8        who is busy drifts over steps, and resembles over layers
-    trace:runs/moe                                 a run's folder, its metrics.jsonl, or a trace file
+    trace:runs/moe,seed=3                          a run's folder, its metrics.jsonl, or a trace file
 
 Letters: P ranks of a replica, E experts.
 """
@@ -176,9 +176,12 @@ def parse_traffic(text: str) -> Traffic:
     Raises:
         ConfigError: an unknown name or setting, or a bad value.
     """
-    name, settings = split_text(text, "traffic") if not text.startswith("trace:") else ("trace", {})
-    if name == "trace":
-        return Recorded.load(Path(text.removeprefix("trace:")))
+    if text.startswith("trace:"):
+        path, _, seed = text.removeprefix("trace:").partition(",seed=")
+        if seed and not seed.isdecimal():
+            raise ConfigError(f"traffic: seed={seed!r}, expected an integer >= 0")
+        return Recorded.load(Path(path), int(seed or 0))
+    name, settings = split_text(text, "traffic")
     accepted: dict[str, list[str]] = {"uniform": [], "zipf": ["skew", "drift", "correlation", "seed"]}
     if name not in accepted:
         raise ConfigError(f"traffic: unknown name {name!r}: {suggest(name, [*accepted, 'trace'])}")

@@ -133,6 +133,7 @@ class TrainConfig:
         o, p = self.optimizer, self.parallel
         _require("task", self.task, self.task in TASKS, f"one of {', '.join(TASKS)}")
         _require("name", self.name, bool(self.name) and "/" not in self.name, "a name without '/'")
+        _require("seed", self.seed, 0 <= self.seed < 2**63, "an integer in 0..2**63 - 1")
         for name, value in (("checkpoint_every", self.checkpoint_every), ("log_every", self.log_every)):
             _require(name, value, value >= 1, "an integer >= 1")
         _require(
@@ -240,7 +241,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if float in plain and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
-        expected = " or ".join("None" if option is type(None) else option.__name__ for option in plain)
+        names = {type(None): "None", Mapping: "a group of settings"}
+        expected = " or ".join(names.get(option, option.__name__) for option in plain)
         raise ConfigError(f"{name}={value!r}: expected {expected}")
     return value
 

@@ -64,19 +64,29 @@ class World:
                 the local rank.
 
         Raises:
-            ConfigError: a numbered GPU for several ranks.
+            ConfigError: no such device, none on this machine, or a numbered GPU for several ranks.
             DistributedError: fewer GPUs than processes on this machine.
         """
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type != "cuda" or self.size == 1:
+        gpus = torch.cuda.device_count()
+        try:
+            device = torch.device(name or ("cuda" if gpus else "cpu"))
+        except RuntimeError:
+            device = torch.device("meta")  # refused like it
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"device={name!r}: expected 'cpu', 'cuda' or None (a GPU if there is one)")
+        if device.type == "cpu":
+            return device
+        if self.size == 1:
+            if (device.index or 0) >= gpus:
+                raise ConfigError(f"device={name!r}: PyTorch sees {gpus} GPUs here; give 'cpu', or None")
             return device
         if ":" in str(device):
             raise ConfigError(
                 f"device={name!r} on {self.size} ranks: give 'cuda'; each rank takes its own GPU"
             )
-        if self.local_size > torch.cuda.device_count():
+        if self.local_size > gpus:
             raise DistributedError(
-                f"{self.local_size} processes on a machine with {torch.cuda.device_count()} GPUs; "
+                f"{self.local_size} processes on a machine with {gpus} GPUs; "
                 f"start fewer with torchrun --nproc-per-node, or give device='cpu'"
             )
         return torch.device("cuda", self.local_rank)

@@ -121,6 +121,8 @@ def _processors(slower: float, world: int) -> float | None:
 
     Emulated nodes are one machine, which cannot have more than its cores.
     """
+    if world == 1:
+        return None  # shares with nobody, whatever else the machine did between the two measurements
     most = os.cpu_count() if "FLEXPERT_EMULATE" in os.environ else None
     found = min(world / max(slower, 1e-9), most or world)
     return None if found > 0.9 * world else max(1.0, found)

@@ -41,7 +41,21 @@ def test_a_rank_that_has_no_result_is_silent(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("command", [[], ["trian"], ["train"], ["doctor", "--what"]])
+def test_settings_may_stand_on_both_sides_of_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, object] = {}
+    monkeypatch.setattr("flexpert.train.job.evaluate", lambda folder, overrides: seen.update(overrides))
+    assert main(["evaluate", str(tmp_path), "top_k=2", "--json", "capacity_factor=0.5", "a.b=[-1, x]"]) == 0
+    assert seen == {"top_k": 2, "capacity_factor": 0.5, "a.b": [-1, "x"]}
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(tmp_path), "--json", "top_k=2", "--what"])
+    assert "unrecognized arguments: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["trian"], ["train"], ["doctor", "--what"], ["doctor", "--json", "what=1"]]
+)
 def test_wrong_usage_is_status_two(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(command)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,8 @@ def test_what_cannot_is_named_with_the_reason(tmp_path, monkeypatch):
         check_writable(tmp_path)
     with pytest.raises(ConfigError, match=r"x\.json: there is no folder .*none"):
         check_writable(tmp_path / "none" / "x.json")
+    with pytest.raises(ConfigError, match=r"/proc/x\.json: no file can be made there"):
+        check_writable(Path("/proc/x.json"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ConfigError, match=r"x\.json: this user may not write there"):
         check_writable(tmp_path / "x.json")

@@ -256,6 +256,8 @@ def test_a_run_replays_its_metrics(tmp_path):
         "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
     )
     traffic = parse_traffic(f"trace:{tmp_path}")
+    assert traffic.seed == 0
+    assert parse_traffic(f"trace:{tmp_path},seed=3").seed == 3
     assert traffic.shares(1, 0, 2).tolist() == [0.25, 0.75]
     assert traffic.shares(1, 1, 2).tolist() == [0.5, 0.5]
     assert traffic.shares(3, 2, 2).tolist() == [0.25, 0.75]  # from the start again
@@ -298,6 +300,7 @@ def test_bad_traces_are_refused(tmp_path, content, message):
         ("zipf:drift=2", "traffic: drift=2, expected a number in 0..1"),
         ("uniform:skew=1", "unknown option 'skew'"),
         ("trace:nowhere", "nowhere is no trace"),
+        ("trace:nowhere,seed=-1", "seed='-1', expected an integer >= 0"),
     ],
 )
 def test_bad_traffic_is_refused(text, message):

@@ -53,6 +53,8 @@ def test_a_word_with_an_e_stays_a_word() -> None:
         ("optimizer.epoch=3", "did you mean 'epochs'"),
         ("sed=3", "did you mean 'seed'"),
         ("seed=abc", "seed='abc': expected int"),
+        ("seed=-1", "seed=-1: expected an integer in 0"),
+        ("parallel.plan=3", "parallel.plan=3: expected a group of settings or str"),
         ("seed=true", "seed=True: expected int"),
         ("optimizer.epochs=-1", "optimizer.epochs=-1.0: expected a number > 0"),
         ("optimizer.epochs=.nan", "expected a number > 0"),

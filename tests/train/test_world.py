@@ -64,16 +64,24 @@ def test_parts_are_contiguous_and_alike(first: int, end: int, parts: int) -> Non
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert World().device("cuda:1") == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert World().device() == World().device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="device='cuda': PyTorch sees 0 GPUs here; give 'cpu'"):
+        World().device("cuda")
+    for name in ("tpu", "meta", "cpu:x", "mps"):
+        with pytest.raises(ConfigError, match=f"device='{name}': expected 'cpu', 'cuda' or None"):
+            World().device(name)
     two = World(1, 2, 1, 2)
     assert two.device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="device='cuda:0' on 2 ranks: give 'cuda'"):
         two.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="device='cuda:1': PyTorch sees 1 GPUs"):
+        World().device("cuda:1")
     with pytest.raises(DistributedError, match=r"2 processes on a machine with 1 GPUs; start fewer"):
         two.device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert World().device("cuda:1") == torch.device("cuda:1")
     assert two.device() == two.device("cuda") == torch.device("cuda:1")
 
 
