@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexpert import ops
+from flexpert.core.autocast import without_autocast
 from flexpert.core.routing import AnyRouting, DenseRouting
 
 
@@ -39,7 +40,7 @@ def scatter(
 def _gather_dense(x_TD: Tensor, routing: DenseRouting) -> Tensor:
     batch, length, _ = routing.dispatch_BSP.shape
     x_BSD = x_TD.view(batch, length, x_TD.shape[-1])
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD.device):
         slots_PBD = torch.einsum("bsp,bsd->pbd", routing.dispatch_BSP, x_BSD.to(routing.dispatch_BSP.dtype))
     return slots_PBD.flatten(0, 1).to(x_TD.dtype)
 
@@ -47,6 +48,6 @@ def _gather_dense(x_TD: Tensor, routing: DenseRouting) -> Tensor:
 def _scatter_dense(rows_NO: Tensor, routing: DenseRouting, dtype: torch.dtype) -> Tensor:
     batch, _, slots = routing.combine_BSP.shape
     rows_PBO = rows_NO.view(slots, batch, rows_NO.shape[-1]).to(routing.combine_BSP.dtype)
-    with torch.autocast(rows_NO.device.type, enabled=False):
+    with without_autocast(rows_NO.device):
         y_BSO = torch.einsum("bsp,pbo->bso", routing.combine_BSP, rows_PBO)
     return y_BSO.flatten(0, 1).to(dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flexpert import ops
+from flexpert.core.autocast import is_autocast_enabled
 from flexpert.core.config import require_int
 from flexpert.core.layout import ParamLayout, Piece
 from flexpert.core.routing import Routing
@@ -140,7 +141,7 @@ class ExpertBank(nn.Module):
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype experts compute in: autocast's where it is on and x is not fp64, else that of x."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+    if is_autocast_enabled(x.device) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

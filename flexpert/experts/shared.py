@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexpert.core.autocast import without_autocast
 from flexpert.core.config import require_int
 from flexpert.ops.activations import get_activation
 
@@ -49,7 +50,7 @@ class SharedExpert(nn.Module):
         """(T, O) in x's dtype."""
         expert = self.expert
         x = x_TD.to(autocast_dtype(x_TD))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             if expert.recompute or expert.is_packed:
                 all_E = torch.full((1,), len(x), device=x.device)
                 y_TO = expert(ExpertBatch(rows_ND=x, counts_E=all_E, unit_N=None))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexpert.core.autocast import without_autocast
 from flexpert.core.config import MoEConfig, check_capacity_factor, check_top_k
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import ConfigError, FlexpertError, InputError
@@ -57,7 +58,7 @@ class ExpertChoiceRouter(Router):
         top_k = pick(context.top_k, self.top_k)
         check_top_k(top_k, self.num_experts, InputError)
         factor = _positive(pick(context.capacity_factor, self.capacity_factor), InputError)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device):
             logits_TE = self.score(x_TD, context)
             allowed = allowed_experts(context, logits_TE)
             logits_TE = rule_out(logits_TE, allowed)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexpert.core.autocast import without_autocast
 from flexpert.core.config import MoEConfig, require_bool, require_int
 from flexpert.core.context import RoutingContext
 from flexpert.core.errors import InputError
@@ -55,7 +56,7 @@ class SoftRouter(Router):
         length = context.sequence_length or max(group, 1)
         if group % length:
             raise InputError(f"sequence_length={length} does not divide the {group} tokens of a token group")
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device):
             logits_TP = self._logits(x_TD)
             logits_BSP = logits_TP.view(-1, length, logits_TP.shape[-1])
             dispatch_BSP, combine_BSP = _mixtures(logits_BSP, context.mask)

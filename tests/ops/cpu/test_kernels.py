@@ -114,6 +114,15 @@ def test_bad_arguments_are_named(make_case, change, error):
         ops.grouped_mlp(*case.args)
 
 
+@pytest.mark.parametrize("name", ["unit_N", "weight_N", "counts_E", "w1", "b1", "w2", "b2"])
+def test_tensors_elsewhere_are_named(make_case, name):
+    """Without gradients the kernels are called at once, and nobody else looks where tensors are."""
+    case = make_case(dtype=torch.float32)
+    case = replace(case, **{name: getattr(case, name).to("meta")})
+    with torch.no_grad(), pytest.raises(InputError, match=f"grouped_mlp: {name} is on meta, x on cpu"):
+        ops.grouped_mlp(*case.args)
+
+
 @pytest.mark.parametrize("change", ["fewer rows", "narrow", "dtype"])
 def test_what_backward_is_given_must_be_what_forward_kept(make_case, change):
     case = make_case(dtype=torch.float32)
