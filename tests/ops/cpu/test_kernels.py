@@ -12,6 +12,7 @@ import torch
 from flexpert import ops
 from flexpert.core.errors import ConfigError, InputError
 from flexpert.ops import ACTIVATIONS, reference
+from flexpert.ops.cpu import backend
 from flexpert.ops.cpu.layer import NAMES
 
 pytestmark = pytest.mark.usefixtures("live")
@@ -116,10 +117,12 @@ def test_bad_arguments_are_named(make_case, change, error):
 
 @pytest.mark.parametrize("name", ["unit_N", "weight_N", "counts_E", "w1", "b1", "w2", "b2"])
 def test_tensors_elsewhere_are_named(make_case, name):
-    """Without gradients the kernels are called at once, and nobody else looks where tensors are."""
+    """By the kernel, and by the operator, which also refuses them where nobody wants gradients."""
     case = make_case(dtype=torch.float32)
     case = replace(case, **{name: getattr(case, name).to("meta")})
-    with torch.no_grad(), pytest.raises(InputError, match=f"grouped_mlp: {name} is on meta, x on cpu"):
+    with pytest.raises(InputError, match=f"grouped_mlp: {name} is on meta, x on cpu"):
+        backend.grouped_mlp(*case.args, False)
+    with torch.no_grad(), pytest.raises(InputError, match="grouped_mlp: tensors on .*meta"):
         ops.grouped_mlp(*case.args)
 
 
